@@ -607,6 +607,8 @@ def main() -> None:
     try:
         StopSignal(loop)
         allow_files(options.connections + SPARE_FILES, log)
+        if not messages.open and not options.quiet:
+            log.write("standard output is not open: messages are not shown\n")
         listener = Listener(loop, options, messages, log)
         loop.run()
         listener.stop()

@@ -1,0 +1,210 @@
+"""What the tests share: the real scripts, as processes of their own, and waits for events, never for time."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any, Callable, Iterator
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = str(ROOT / "non_block_io_server.py")
+CLIENT = str(ROOT / "client.py")
+sys.path.insert(0, str(ROOT))
+DEADLINE = 15.0  # seconds until a test gives up to wait for what should happen at once
+
+
+def eventually(condition: Callable[[], Any], what: str) -> Any:
+    """The condition's value as soon as it is true; fails where that takes too long."""
+    end = time.monotonic() + DEADLINE
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.005)
+    raise AssertionError(f"did not happen: {what}")
+
+
+class Stream:
+    """Reads a pipe in a thread, so that nobody stalls; what has come can be waited for."""
+
+    def __init__(self, pipe: IO[bytes], paused: bool = False) -> None:
+        self.pipe, self.data = pipe, b""
+        self.going = threading.Event()
+        self.changed = threading.Condition()
+        self.ended = False
+        if not paused:
+            self.going.set()
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self) -> None:
+        while self.going.wait():
+            piece = os.read(self.pipe.fileno(), 65536)
+            with self.changed:
+                self.data += piece
+                self.ended = not piece
+                self.changed.notify_all()
+            if not piece:
+                return
+
+    @property
+    def text(self) -> str:
+        return self.data.decode()
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Wait until the pattern (of re, with ^ and $ for lines) is found in what has come."""
+        end = time.monotonic() + DEADLINE
+        with self.changed:
+            while True:
+                found = re.search(pattern, self.data.decode(errors="replace"), re.MULTILINE)
+                if found:
+                    return found
+                left = end - time.monotonic()
+                assert left > 0 and not self.ended, (
+                    f"{pattern!r} did not come; this did:\n{self.text[-3000:]}"
+                )
+                self.changed.wait(left)
+
+    def rest(self) -> str:
+        """All of it, to the end of the pipe."""
+        self.going.set()
+        self.thread.join(DEADLINE)
+        assert self.ended
+        return self.text
+
+
+class Server:
+    """The server in a process of its own, on a free port."""
+
+    def __init__(self, *options: str, paused: bool = False, program: str = SERVER, **popen: Any) -> None:
+        command = [sys.executable, program, *options]
+        if "--port" not in options:
+            command += ["--port", "0"]
+        popen.setdefault("stdout", subprocess.PIPE)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, **popen)
+        assert self.process.stderr
+        self.err = Stream(self.process.stderr)
+        self.out = Stream(self.process.stdout, paused) if self.process.stdout else None
+        self.clients: list[socket.socket] = []
+        self.host, port = self.err.wait_for(r"^listening on (.+):(\d+), waiting for").groups()
+        self.host, self.port = self.host.strip("[]"), int(port)
+
+    def connect(self, **options: Any) -> socket.socket:
+        """A blocking connection; options are those of `small`."""
+        client = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+        client.settimeout(DEADLINE)
+        if options.get("small"):  # a small receive buffer, to cut the stream into small pieces
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect((self.host.replace("0.0.0.0", "127.0.0.1"), self.port))
+        self.clients.append(client)
+        return client
+
+    def seat(self, **options: Any) -> socket.socket:
+        """A connection that the server has taken notice of."""
+        client = self.connect(**options)
+        self.err.wait_for(rf"connected from \S+:{client.getsockname()[1]}, ")
+        return client
+
+    def messages(self, pattern: str) -> re.Match[str]:
+        assert self.out is not None
+        return self.out.wait_for(pattern)
+
+    def status(self, field: str) -> int:
+        """A number of /proc/PID/status: VmRSS in kB, voluntary_ctxt_switches."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE).group(1))  # type: ignore[union-attr]
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def sleeps(self) -> bool:
+        """Whether the server waits in the kernel, and was not woken for a while.
+
+        A process that spins, or wakes to look, switches contexts or burns processor time.
+        """
+
+        def state() -> tuple[str, ...]:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            return fields[0], fields[11], fields[12], str(self.status("voluntary_ctxt_switches"))
+
+        before = state()
+        time.sleep(0.15)
+        return before == state() and before[0] == "S"
+
+    def settled(self) -> None:
+        """Wait until the server has nothing more to do."""
+        eventually(self.sleeps, "the server goes to sleep")
+
+    def stop(self, number: int = signal.SIGTERM, status: int = 0) -> str:
+        """Stop it; it must end with the status, and without a traceback.  Returns its standard error."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.ended(status)
+
+    def ended(self, status: int) -> str:
+        assert self.process.wait(DEADLINE) == status, self.err.text
+        text = self.err.rest()
+        assert "Traceback" not in text, text
+        return text
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for stream in (self.out, self.err):
+            if stream:
+                stream.going.set()
+                stream.thread.join(DEADLINE)
+                stream.pipe.close()
+
+
+def read_exactly(client: socket.socket, size: int) -> bytes:
+    """So many bytes, or fewer where the stream ends."""
+    data = b""
+    while len(data) < size:
+        piece = client.recv(min(size - len(data), 1 << 20))
+        if not piece:
+            break
+        data += piece
+    return data
+
+
+def read_all(client: socket.socket) -> bytes:
+    """Everything up to the end of file."""
+    pieces = []
+    while True:
+        piece = client.recv(1 << 20)
+        if not piece:
+            return b"".join(pieces)
+        pieces.append(piece)
+
+
+def is_pings(data: bytes) -> bool:
+    """Whether it is pings, whole ones, and at least one."""
+    return bool(data) and data == b"ping" * (len(data) // 4)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Starts servers, and sees to it that none stays."""
+    servers: list[Server] = []
+
+    def start(*options: str, **popen: Any) -> Server:
+        server = Server(*options, **popen)
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.close()
