@@ -545,8 +545,9 @@ class TracedLoop(Loop):
         return [functools.partial(self.told, callback) for callback in super().due()]
 
     def watch(self, descriptor: int, interest: int, handler: Any) -> None:
+        if handler.__self__ is not self.log and (interest or descriptor in self.handlers):
+            self.tell(handler.__self__.name, "epoll_ctl", f"waits for {event_names(interest) or 'nothing'}")
         super().watch(descriptor, interest, functools.partial(self.told, handler))
-        self.tell(handler.__self__.name, "epoll_ctl", f"waits for {event_names(interest) or 'nothing'}")
 
 
 DEEDS = "accepted", "received", "sent"  # what a room counts

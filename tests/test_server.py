@@ -406,9 +406,9 @@ def test_a_stalled_standard_error_stalls_nobody(start: Start) -> None:
     server.err.going.clear()
     memory, came = server.status("VmRSS"), 0
     while not backlog(server.port):  # nobody is seated whom it could not tell of
-        for _ in range(100):
+        for _ in range(1000):
             socket.create_connection(("127.0.0.1", server.port)).close()
-        came += 100
+        came += 1000
         if backlog(server.port):
             server.settled()
         assert came < 50_000
