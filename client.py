@@ -171,9 +171,18 @@ class Screen:
     def answer(self) -> None:
         self.ask(f"{count(self.stream.pings, 'ping')} so far\n")
 
+    def notice(self, line: str) -> None:
+        """Say what is no answer: to a person over the prompt, else on standard error."""
+        if self.person:
+            self.ask(f"\r{line}\n")
+        elif sys.stderr:
+            sys.stderr.write(f"{line}\n")
+
     def close(self, received: int) -> str:
         """Show what is cut off at the end, and say in words what of the bytes received were pings."""
-        self.person = False
+        if self.person:
+            write(self.dialogue, b"\n")  # after the prompt
+            self.person = False
         self.show(PING[: self.stream.letters], final=True)
         pings, others = count(self.stream.pings, "ping"), received - self.stream.pings * len(PING)
         if self.raw:
@@ -287,18 +296,12 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def tell(line: str) -> None:
-    """Write a line on standard error, if there is one."""
-    if sys.stderr:
-        sys.stderr.write(f"{line}\n")
-
-
 def converse(sock: socket.socket, options: argparse.Namespace) -> int:
     """Send what is to be sent, leave, and sum up; return the exit status."""
     person = bool(sys.stdin and sys.stdin.isatty() and not options.message and not options.raw)
     loop, screen = Loop(), Screen(options.raw, person)
     talk = Conversation(loop, sock, screen)
-    loop.idle = lambda: None if talk.received else tell(SILENCE)
+    loop.idle = lambda: None if talk.received else screen.notice(SILENCE)
     screen.ask()
     if options.message:
         talk.put(b"".join(os.fsencode(message) + b"\n" for message in options.message))
@@ -315,7 +318,8 @@ def converse(sock: socket.socket, options: argparse.Namespace) -> int:
         loop.run()
     failure = talk.failure or ("not everything was sent" if talk.unsent else "")
     sent = f"sent {count(talk.messages, 'message')}, {count(talk.bytes, 'byte')}"
-    tell(f"{failure}{'; ' if failure else ''}{sent}; received {screen.close(talk.received)}")
+    received = screen.close(talk.received)
+    screen.notice(f"{failure}{'; ' if failure else ''}{sent}; received {received}")
     return 1 if failure else 0
 
 

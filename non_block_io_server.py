@@ -102,7 +102,8 @@ class Loop:
         self.running = True
         self.epoll = epoll()
         self.handlers: dict[int, Callable[[int], None]] = {}
-        # To be called once, at a time.monotonic() in seconds; 0 is right after this batch.
+        self.interests: dict[int, int] = {}
+        # What is to be called once, and its time.monotonic() in seconds; 0 is right after this batch.
         self.timers: dict[Callable[[], None], float] = {}
 
     def run(self) -> None:
@@ -135,12 +136,17 @@ class Loop:
         With no interest the descriptor leaves the set: a reset would be reported even so, and
         without end (epoll_ctl(2)).
         """
-        known = self.handlers.pop(descriptor, None)
-        if interest:
-            self.handlers[descriptor] = handler
-            (self.epoll.modify if known else self.epoll.register)(descriptor, interest)
-        elif known:
+        before = self.interests.get(descriptor, 0)
+        if interest == before:
+            return
+        self.handlers[descriptor], self.interests[descriptor] = handler, interest
+        if not before:
+            self.epoll.register(descriptor, interest)
+        elif interest:
+            self.epoll.modify(descriptor, interest)
+        else:
             self.epoll.unregister(descriptor)
+            del self.handlers[descriptor], self.interests[descriptor]
 
 
 # -------------------------------------------------------------------- those who live in it
@@ -262,7 +268,7 @@ class Client:
     def __init__(self, listener: Listener, sock: socket.socket, name: str, address: str) -> None:
         self.listener, self.messages = listener, listener.messages
         self.sock, self.name, self.address = sock, name, address
-        self.received = self.sent = self.interest = 0
+        self.received = self.sent = 0  # bytes
         self.held = b""  # the first bytes of a letter, whose others are still to come
         self.tail = b""  # the part of an echo that is still to be sent
         self.ended = False  # its end of file has come
@@ -277,11 +283,10 @@ class Client:
         """Tell epoll what this client waits for now.  When it is nothing more, say goodbye."""
         reading = not (self.ended or self.tail or self.messages.size > PENDING_LIMIT)
         writing = self.sending and self.unsent()
-        interest = (EPOLLIN if reading else 0) | (EPOLLOUT if writing else 0)
         if self.ended and not writing:
             self.leave()
-        elif interest != self.interest:
-            self.interest = interest
+        else:
+            interest = (EPOLLIN if reading else 0) | (EPOLLOUT if writing else 0)
             self.listener.loop.watch(self.sock.fileno(), interest, self.ready)
 
     def ready(self, events: int) -> None:
@@ -357,10 +362,11 @@ class Echo(Client):
     noun, size = "byte", 1
 
     def ready(self, events: int) -> None:
-        data = self.tail or self.read()
+        before = self.tail
+        data = before or self.read()
         if data:
             self.tail = data[self.send(data) :]
-            if self.tail or self.interest != EPOLLIN:
+            if self.tail or before:
                 self.update()
 
 
@@ -395,7 +401,7 @@ class Listener:
         self.kind = Echo if options.echo else Heartbeat if options.every else Flood
         self.seats, self.wait_for, self.every = options.connections, options.wait_for, options.every
         self.clients: dict[Client, None] = {}  # a set, in order of arrival
-        self.accepted = self.received = self.sent = 0
+        self.accepted = self.beats = self.received = self.sent = 0
         self.serving = False
         self.sock = listen(options)
         address = name_of(self.sock.getsockname())
@@ -456,6 +462,7 @@ class Listener:
         for client in list(self.clients):
             if isinstance(client, Heartbeat):
                 client.beat()
+        self.beats += 1
         now = time.monotonic()
         self.due = now + self.every - (now - self.due) % self.every
         self.loop.timers[self.beat] = self.due
@@ -515,15 +522,17 @@ class TracedLoop(Loop):
     """
 
     log: Output
+    start = time.monotonic()
     lost = 0  # lines, while the log was full
 
     def tell(self, who: str, what: str, done: str) -> None:
         """One line: the time in seconds, who, what epoll was told or reported, what was done."""
         if self.log.size > PENDING_LIMIT:
             self.lost += 1
-        else:
-            lost, self.lost = f" ({self.lost} lines before this lost)" if self.lost else "", 0
-            self.log.write(f"{time.monotonic():12.3f}  {who:<16}  {what:<18}  {done}{lost}\n")
+            return
+        lost, self.lost = f"({self.lost} lines before this lost)" if self.lost else "", 0
+        line = f"{time.monotonic() - self.start:8.3f}  {who:<15}  {what:<16}  {done}{lost}"
+        self.log.write(f"{line.rstrip()}\n")
 
     def told(self, handler: Any, *events: int) -> None:
         """Call the handler, and tell what it did."""
@@ -545,12 +554,12 @@ class TracedLoop(Loop):
         return [functools.partial(self.told, callback) for callback in super().due()]
 
     def watch(self, descriptor: int, interest: int, handler: Any) -> None:
-        if handler.__self__ is not self.log and (interest or descriptor in self.handlers):
+        if handler.__self__ is not self.log and interest != self.interests.get(descriptor, 0):
             self.tell(handler.__self__.name, "epoll_ctl", f"waits for {event_names(interest) or 'nothing'}")
         super().watch(descriptor, interest, functools.partial(self.told, handler))
 
 
-DEEDS = "accepted", "received", "sent"  # what a room counts
+DEEDS = "accepted", "beats", "received", "sent"  # what a room counts
 
 
 def event_names(events: int) -> str:
