@@ -182,7 +182,7 @@ def read_exactly(client: socket.socket, size: int) -> bytes:
 
 def read_all(client: socket.socket) -> bytes:
     """Everything up to the end of file."""
-    pieces = []
+    pieces: list[bytes] = []
     while True:
         piece = client.recv(1 << 20)
         if not piece:

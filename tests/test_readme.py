@@ -21,7 +21,7 @@ import termios
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Iterator, List, NamedTuple
+from typing import Iterator, NamedTuple
 
 import pytest
 from conftest import ROOT, eventually
@@ -35,7 +35,7 @@ class Block(NamedTuple):
     """What one terminal shows for a while."""
 
     terminal: str
-    lines: List[str]
+    lines: list[str]
 
 
 def sessions() -> Iterator[tuple[str, list[Block]]]:

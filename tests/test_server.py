@@ -364,8 +364,8 @@ def fill(server: Server, client: socket.socket) -> int:
                 sent += client.send(rest + line * 1000)
         server.settled()
     client.settimeout(DEADLINE)
-    unacknowledged = struct.unpack("i", fcntl.ioctl(client, termios.TIOCOUTQ, b"1234"))[0]
-    arrived = sent - unacknowledged
+    (unacknowledged,) = struct.unpack("i", fcntl.ioctl(client, termios.TIOCOUTQ, b"1234"))
+    arrived = sent - int(unacknowledged)
     return arrived - arrived // 64
 
 
