@@ -35,7 +35,6 @@ import argparse
 import codecs
 import errno
 import functools
-import math
 import os
 import signal
 import socket
@@ -427,18 +426,14 @@ class Listener:
             try:
                 sock, address = self.sock.accept()
             except OSError as error:
-                if error.errno in SHORTAGE:
-                    self.pause(error)
+                if error.errno in SHORTAGE:  # the connection stays queued, and is reported without end
+                    self.log.write(f"not accepting for now: {error.strerror}\n")
+                    self.loop.watch(self.sock.fileno(), 0, self.ready)
+                    if not self.serving or not self.clients:  # no seat will be given back
+                        self.loop.timers[self.update] = time.monotonic() + MOMENT
                 return  # or nobody is left, or who was next is gone again (accept(2))
             self.seat(sock, name_of(address))
         self.update()
-
-    def pause(self, error: OSError) -> None:
-        """Accept nobody for now: the connection stays queued, and would be reported without end."""
-        self.log.write(f"not accepting for now: {error.strerror}\n")
-        self.loop.watch(self.sock.fileno(), 0, self.ready)
-        if not self.serving or not self.clients:  # no seat will be given back
-            self.loop.timers[self.update] = time.monotonic() + MOMENT
 
     def seat(self, sock: socket.socket, address: str) -> None:
         """Give a connection a seat; begin to serve, when enough have one."""
@@ -477,7 +472,11 @@ class Listener:
         self.update()
 
     def stop(self) -> None:
-        """Sum up.  The kernel sees to what is still on its way."""
+        """Sum up.  The kernel delivers what it was given, and no ping is to stay cut."""
+        for client in self.clients:
+            client.ended = True
+            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
+            client.send(client.unsent())
         received = self.received + sum(client.received for client in self.clients)
         sent = self.sent + sum(client.sent // client.size for client in self.clients)
         served = count(self.accepted if self.serving else 0, "client")
@@ -591,7 +590,7 @@ def arguments() -> argparse.Namespace:
     for option, least, most in limits:
         if not least <= getattr(options, option) <= most:
             parser.error(f"argument --{option.replace('_', '-')}: must be from {least} to {most}")
-    if options.every is not None and not 0 < options.every < math.inf:
+    if options.every is not None and not 0 < options.every < float("inf"):
         parser.error("argument --every: must be a positive, finite number of seconds")
     return options
 
@@ -614,8 +613,8 @@ def main() -> None:
     messages = Output(loop, None if options.quiet else sys.stdout, "standard output", vital=True)
     if isinstance(loop, TracedLoop):
         loop.log = log
+    StopSignal(loop)
     try:
-        StopSignal(loop)
         allow_files(options.connections + SPARE_FILES, log)
         if not messages.open and not options.quiet:
             log.write("standard output is not open: messages are not shown\n")

@@ -104,6 +104,7 @@ class Server:
         client.settimeout(DEADLINE)
         if options.get("small"):  # a small receive buffer, to cut the stream into small pieces
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1001)
         client.connect((self.host.replace("0.0.0.0", "127.0.0.1"), self.port))
         self.clients.append(client)
         return client

@@ -121,6 +121,17 @@ def test_the_stream_is_pings_however_it_is_cut(start: Start) -> None:
     assert is_pings(read_exactly(other, 4_000_000))
 
 
+@pytest.mark.parametrize("read", [1, 6, 1001, 12_345])
+def test_no_ping_is_cut_where_the_server_stops(start: Start, read: int) -> None:
+    server = start()
+    small, _ = server.seat(small=True), server.seat()
+    data = read_exactly(small, read)
+    server.settled()
+    server.process.send_signal(signal.SIGTERM)
+    assert is_pings(data + read_all(small))
+    server.stop()
+
+
 def test_who_sends_without_end_gets_pings_and_leaves_the_other_its_turn(start: Start) -> None:
     server = start("--quiet")
     busy, other = server.seat(), server.seat()
