@@ -168,10 +168,8 @@ class StopSignal:
         loop.watch(reader, EPOLLIN, self.ready)
 
     def ready(self, events: int) -> None:
-        """Stop.  A second signal kills: nobody needs to wait until a stalled output is given up."""
+        """Stop."""
         self.loop.running = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
 
 
 class Output:

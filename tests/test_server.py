@@ -129,7 +129,7 @@ def test_no_ping_is_cut_where_the_server_stops(start: Start, read: int) -> None:
     server.settled()
     server.process.send_signal(signal.SIGTERM)
     assert is_pings(data + read_all(small))
-    server.stop()
+    server.stop()  # twice does no harm
 
 
 def test_who_sends_without_end_gets_pings_and_leaves_the_other_its_turn(start: Start) -> None:
