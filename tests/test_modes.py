@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any, Callable
 
 import pytest
-from conftest import DEADLINE, Server, is_pings, read_all, read_exactly
+from conftest import DEADLINE, Server, eventually, is_pings, read_all, read_exactly
 
 Start = Callable[..., Server]
 
