@@ -168,8 +168,10 @@ class StopSignal:
         loop.watch(reader, EPOLLIN, self.ready)
 
     def ready(self, events: int) -> None:
-        """Stop."""
+        """Stop.  From here on Python's own end would let a second signal kill: it is ignored."""
         self.loop.running = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Output:
