@@ -1,0 +1,250 @@
+"""What goes wrong with the lecture's script, shown on it and then on this server.
+
+    python3 tests/faults.py          lists the faults
+    python3 tests/faults.py NAME     shows one, or `all`
+
+Each is a function: what the clients do, step by step, with plain sockets, and what was observed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Callable, Tuple
+
+HERE = Path(__file__).resolve().parent
+DEADLINE = 15.0  # seconds until we give up to wait for what should happen at once
+QUIET = 1.0  # seconds in which there is something to read for a client that is served
+KEPT = 32 << 20  # bytes: more than the kernel keeps for a client when its server has died
+PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client gets
+
+# The lecture's script; {port} stands for the port.  It hears Ctrl-C even in a background job, and the
+# kernel ends it after 10 s of processor time, should it outlive us.  -u: its prints come at once.
+SETUP = "signal(SIGINT, default_int_handler); setrlimit(RLIMIT_CPU, (10, 10))"
+SCRIPT = (HERE / "benchmark_lecture.py").read_text(encoding="utf-8").replace('("", 0)', '("", {port})')
+SCRIPT = f"from resource import *; from signal import *; {SETUP}; exec({SCRIPT!a})"
+SERVERS = {
+    "the lecture's script": ["-u", "-c", SCRIPT],
+    "this server": [str(HERE.parent / "non_block_io_server.py"), "--port", "{port}"],
+}
+
+
+class Server:
+    """A server in a process of its own.  It ends with the stack, and its clients do."""
+
+    def __init__(self, stack: ExitStack, command: list[str], port: int = 0, piped: bool = False) -> None:
+        self.stack = stack
+        self.out, self.err = os.memfd_create("out"), os.memfd_create("err")  # what it prints, in memory
+        stack.callback(os.close, self.out)
+        stack.callback(os.close, self.err)
+        command = [sys.executable, "-X", "utf8", *(word.replace("{port}", str(port)) for word in command)]
+        stdout = subprocess.PIPE if piped else self.out
+        self.process = stack.enter_context(subprocess.Popen(command, stdout=stdout, stderr=self.err))
+        stack.callback(self.process.kill)
+        self.until(lambda: "listening on" in text(self.err))
+        self.port = int((re.findall(r"listening on \S+:(\d+)", text(self.err)) or [0])[0])  # 0: it has ended
+
+    def clients(self, number: int = 2) -> list[socket.socket]:
+        address = "127.0.0.1", self.port
+        return [self.stack.enter_context(socket.create_connection(address, DEADLINE)) for _ in range(number)]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition is true, or the server has ended."""
+        end = time.monotonic() + DEADLINE
+        while not condition() and self.process.poll() is None:
+            assert time.monotonic() < end, f"it printed {text(self.out)[-500:]!r}, {text(self.err)[-500:]!r}"
+            time.sleep(0.005)
+
+    def watched(self, seconds: float) -> tuple[float, int, str]:
+        """How much of a core it uses, and how often it goes to sleep, from now on; its state after."""
+        naps, ticks, proc = [], [], Path(f"/proc/{self.process.pid}")  # proc(5)
+        for pause in (seconds, 0):
+            state, *fields = (proc / "stat").read_text().rpartition(")")[2].split()
+            ticks.append(int(fields[10]) + int(fields[11]))
+            naps.append(int((proc / "status").read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0]))
+            time.sleep(pause)
+        return (ticks[1] - ticks[0]) / os.sysconf("SC_CLK_TCK") / seconds, naps[1] - naps[0], state
+
+    def fate(self, other: socket.socket) -> tuple[bool, str]:
+        """What becomes of it, and of its other client."""
+        heard = hears(other)
+        if heard == END:
+            self.process.wait(DEADLINE)
+            return True, f"dies: {text(self.err).splitlines()[-1]}"
+        return heard != PINGS, f"{'goes on' if heard == PINGS else 'stalls'}: the other client gets {heard}"
+
+
+def text(file: int) -> str:
+    """What is in the file, without moving the place where a server writes."""
+    return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
+
+
+def hears(client: socket.socket) -> str:
+    """What a client gets from now on, besides what the kernel has kept for it: PINGS, NOTHING or END."""
+    client.settimeout(QUIET)
+    try:
+        with client.makefile("rb") as stream:
+            return PINGS if len(stream.read(KEPT)) == KEPT else END
+    except socket.timeout:
+        return NOTHING
+    except ConnectionError:
+        return END
+
+
+Start = Callable[..., Server]  # start(port=0, piped=False) starts the kind of server that is looked at
+Seen = Tuple[bool, str]  # what was observed of it: whether the fault has happened, and what has
+
+
+def reset(start: Start) -> Seen:
+    """a client sends a message, never reads, and leaves"""
+    server = start()
+    first, other = server.clients()
+    first.recv(1, socket.MSG_PEEK)  # pings have come, and stay unread
+    first.sendall(b"Some message...")
+    first.close()  # of which the kernel makes a reset
+    return server.fate(other)
+
+
+def leave(start: Start) -> Seen:
+    """a client leaves politely"""
+    server = start()
+    server.clients()[0].shutdown(socket.SHUT_WR)  # its end of file: recv returns b"" from now on
+    load, _, _ = server.watched(0.5)
+    times = text(server.out).count("data received...")
+    return times > 0, f"prints 'data received...' {times:,} times, uses {load:.0%} of a core"
+
+
+def split(start: Start) -> Seen:
+    """a letter of two bytes is split over two packets"""
+    server = start()
+    first, other = server.clients()
+    first.sendall(b"Br\xc3")
+    server.until(lambda: "Br" in text(server.out))
+    if server.process.poll() is None:
+        first.sendall(b"\xbccke")
+        server.until(lambda: "cke" in text(server.out))
+    (dies, words), whole = server.fate(other), "\u00fccke" in text(server.out)
+    return dies or not whole, words + ("" if dies else f", the letter is {'whole' if whole else 'broken'}")
+
+
+def bytes_(start: Start) -> Seen:
+    """a client sends a byte that is not UTF-8"""
+    server = start()
+    first, other = server.clients()
+    first.sendall(b"caf\xe9!")
+    server.until(lambda: "caf" in text(server.out))
+    return server.fate(other)
+
+
+def starve(start: Start) -> Seen:
+    """a client keeps sending, and reads whatever it is sent"""
+    first, _ = start().clients()
+    first.setblocking(False)
+    sent = got = 0
+    while sent < 8 << 20:
+        readable, writable, _ = select.select([first], [first], [])
+        if writable:
+            sent += first.send(b"Some message...\n" * 4096)
+        if readable:
+            size = len(first.recv(1 << 20))
+            got += size if sent > 4 << 20 else 0  # by then, what came before it sent has been read
+    return got < 1 << 16, f"gives it {got:,} bytes of pings for 4 MiB of its own"
+
+
+def restart(start: Start) -> Seen:
+    """it is stopped while clients are there, and started again at once"""
+    server = start()
+    for client in server.clients():
+        client.recv(1)
+    server.process.terminate()
+    server.process.wait(DEADLINE)
+    again = start(port=server.port)
+    return not again.port, "listens again" if again.port else f"dies: {text(again.err).splitlines()[-1]}"
+
+
+def print_(start: Start) -> Seen:
+    """its output is piped to something slow"""
+    server = start(piped=True)  # and nobody reads
+    first, other = server.clients()
+    first.sendall(b"Some message...\n" * 8192)  # 128 KiB; a pipe holds 64
+    return server.fate(other)
+
+
+def escape(start: Start) -> Seen:
+    """a message holds an ESC sequence"""
+    server = start()
+    server.clients()[0].sendall(b"\x1b[31mred")
+    server.until(lambda: "red\n" in text(server.out))
+    raw, shown = "\x1b" in text(server.out), text(server.out).splitlines()[1]
+    return raw, "prints the raw ESC byte: the terminal obeys" if raw else f"prints {shown}"
+
+
+def stop(start: Start) -> Seen:
+    """it is stopped with Ctrl-C, or by SIGTERM"""
+    ends = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        server = start()
+        server.process.send_signal(number)
+        ends.append((server.process.wait(DEADLINE), "Traceback" in text(server.err)))
+    words = [f"status {status}" + (" and a traceback" if traceback else "") for status, traceback in ends]
+    return ends != [(0, False)] * 2, f"Ctrl-C: {words[0]}; SIGTERM: {words[1]}"
+
+
+def idle(start: Start) -> Seen:
+    """nobody sends, and nobody reads"""
+    server = start()
+    for client in server.clients():
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    server.until(lambda: server.watched(0.1) == (0, 0, "S"))  # nothing more fits into the connections
+    _, times, _ = server.watched(2.2)
+    return times > 0, f"wakes {times} times in 2.2 s"
+
+
+def third(start: Start) -> Seen:
+    """a third client comes, then the first one leaves"""
+    first, _, newcomer = start().clients(3)
+    first.shutdown(socket.SHUT_WR)
+    heard = hears(newcomer)
+    return heard != PINGS, f"the third client gets {heard}"
+
+
+ALL = reset, leave, split, bytes_, starve, restart, print_, escape, stop, idle, third
+FAULTS = {fault.__name__.rstrip("_"): fault for fault in ALL}
+
+
+def observe(name: str) -> list[Seen]:
+    """Let the fault happen to each of SERVERS."""
+
+    def run(command: list[str]) -> Seen:
+        with ExitStack() as stack:
+            return FAULTS[name](lambda **options: Server(stack, command, **options))
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run, SERVERS.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Shows what goes wrong with the lecture's script.")
+    parser.add_argument("name", nargs="?", choices=(*FAULTS, "all"), help="a fault (without: lists them)")
+    wanted = parser.parse_args().name
+    for name, fault in FAULTS.items():
+        if not wanted:
+            print(f"{name:<8}  {fault.__doc__}")
+        elif wanted in (name, "all"):
+            print(fault.__doc__, flush=True)
+            for server, seen in zip(SERVERS, observe(name)):
+                print(f"  {server:<21}  {seen[1]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

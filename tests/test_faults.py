@@ -1,0 +1,65 @@
+"""The lecture's script shows each fault of tests/faults.py, and this server shows none."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Iterator
+
+import faults
+import pytest
+
+HOW = {  # the lecture's script shows it, lest it should fail for some other reason
+    "reset": r"dies: (ConnectionReset|BrokenPipe)Error",
+    "leave": r"prints 'data received\.\.\.' [1-9]",
+    "split": r"dies: UnicodeDecodeError: .* unexpected end of data",
+    "bytes": r"dies: UnicodeDecodeError",
+    "starve": r"bytes of pings",
+    "restart": r"dies: OSError: .* Address already in use",
+    "print": r"stalls",
+    "escape": r"raw ESC",
+    "stop": r"Ctrl-C: status -2 and a traceback; SIGTERM: status -15",
+    "idle": r"wakes [1-9]",
+    "third": r"gets nothing",
+}
+
+
+@pytest.fixture(scope="module")
+def observations() -> Iterator[dict[str, Future[list[faults.Seen]]]]:
+    """What was observed of each fault; a few are observed at a time, as some have to wait."""
+    with ThreadPoolExecutor(4) as pool:
+        futures = {name: pool.submit(faults.observe, name) for name in faults.FAULTS}
+        yield futures
+        for future in futures.values():
+            future.cancel()  # those that no test has asked for
+
+
+@pytest.mark.parametrize("name", faults.FAULTS)
+def test_the_lecture_has_the_fault_and_this_server_does_not(
+    name: str, observations: dict[str, Future[list[faults.Seen]]]
+) -> None:
+    (lecture_fails, lecture_words), (we_fail, our_words) = observations[name].result()
+    assert lecture_fails, lecture_words
+    assert re.search(HOW[name], lecture_words), lecture_words
+    assert not we_fail, our_words
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, faults.__file__, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=faults.DEADLINE)
+
+
+def test_lists_the_faults_and_shows_the_one_that_is_named() -> None:
+    listed = run().stdout.splitlines()
+    assert [line.split()[0] for line in listed] == list(faults.FAULTS)
+    assert listed[0] == "reset     a client sends a message, never reads, and leaves"
+    assert run("escape").stdout == (
+        "a message holds an ESC sequence\n"
+        "  the lecture's script   prints the raw ESC byte: the terminal obeys\n"
+        "  this server            prints \\x1b[31mred\n"
+    )
+    unknown = run("nonsense")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert unknown.stderr.startswith("usage: faults.py ")
