@@ -475,8 +475,9 @@ class Listener:
         """Sum up.  The kernel delivers what it was given, and no ping is to stay cut."""
         for client in self.clients:
             client.ended = True
-            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
-            client.send(client.unsent())
+            if client.unsent():
+                client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
+                client.send(client.unsent())
         received = self.received + sum(client.received for client in self.clients)
         sent = self.sent + sum(client.sent // client.size for client in self.clients)
         served = count(self.accepted if self.serving else 0, "client")
