@@ -112,8 +112,9 @@ class Loop:
                 handler = self.handlers.get(descriptor)
                 if handler:  # there is none where an earlier event of this batch closed it
                     handler(events)
-            for callback in self.due():
-                callback()
+            if self.timers:
+                for callback in self.due():
+                    callback()
 
     def wait(self) -> Iterable[tuple[int, int]]:
         """Sleep until something is ready or a timer is due; (descriptor, event mask) of the ready."""
@@ -123,7 +124,7 @@ class Loop:
 
     def due(self) -> Iterable[Callable[[], None]]:
         """The callbacks whose time has come, each given out once."""
-        now = time.monotonic() if self.timers else 0.0
+        now = time.monotonic()
         callbacks = [callback for callback, when in self.timers.items() if when <= now]
         for callback in callbacks:
             del self.timers[callback]
@@ -296,38 +297,39 @@ class Client:
             self.send(self.unsent())
             self.update()
 
-    def read(self) -> bytes:
+    def read(self) -> None:
         """Take and show one piece.  What is left is reported again, after the others' turn."""
         if self.messages.size > PENDING_LIMIT:  # a message would find no place: TCP slows the client
-            self.update()
-            return b""
+            return self.update()
         try:
             data = self.sock.recv(READ_SIZE)
-        except BlockingIOError:  # meant for another client, whom this batch has closed
-            return b""
-        except OSError as error:  # what came before a reset has been read by now
+        except OSError as error:
+            return self.unreadable(error)
+        if not data:
+            return self.end()
+        self.received += len(data)
+        if self.messages.open:
+            self.show(data)
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Send what is taken at once."""
+        try:
+            self.sent += self.sock.send(data)
+        except BlockingIOError:  # a heartbeat's client does not read
+            pass
+        except OSError as error:  # no more can be sent; but what came before is still to be read
+            self.lose(error)
+
+    def unreadable(self, error: OSError) -> None:
+        """A read has failed.  Where that was a reset, all that came before it has been read by now."""
+        if not isinstance(error, BlockingIOError):  # the event was another's, whom this batch has closed
             self.lose(error)
             self.leave()
-            return b""
-        self.received += len(data)
-        if not data:
-            self.ended = True
-            self.update()
-        elif self.messages.open:
-            self.show(data)
-        return data
 
-    def send(self, data: bytes | memoryview) -> int:
-        """Send what is taken at once; return how many of the bytes are done with."""
-        try:
-            sent = self.sock.send(data)
-        except BlockingIOError:
-            return 0
-        except OSError as error:  # nothing can be sent, but what came before is still to be read
-            self.lose(error)
-            return len(data)
-        self.sent += sent
-        return sent
+    def end(self) -> None:
+        """The client's end of file has come: it is not read again, for it would come again, at once."""
+        self.ended = True
+        self.update()
 
     def show(self, data: bytes, final: bool = False) -> None:
         """Write UTF-8 bytes as a message; a letter that two reads have cut is put together again."""
@@ -361,12 +363,36 @@ class Echo(Client):
     noun, size = "byte", 1
 
     def ready(self, events: int) -> None:
-        before = self.tail
-        data = before or self.read()
-        if data:
-            self.tail = data[self.send(data) :]
-            if self.tail or before:
-                self.update()
+        """What read() and send() do, in one piece: an echo is made of calls (README: Speed)."""
+        data = self.tail
+        if not data:
+            if self.messages.size > PENDING_LIMIT:
+                return self.update()
+            try:
+                data = self.sock.recv(READ_SIZE)
+            except OSError as error:
+                return self.unreadable(error)
+            if not data:
+                return self.end()
+            self.received += len(data)
+            if self.messages.open:
+                self.show(data)
+        try:
+            sent = self.sock.send(data)
+        except OSError as error:
+            return self.unsendable(error, data)
+        self.sent += sent
+        if self.tail or sent != len(data):
+            self.tail = data[sent:]
+            self.update()
+
+    def unsendable(self, error: OSError, data: bytes) -> None:
+        """A send has failed: its data waits until the client reads, or is lost with the connection."""
+        self.tail = data
+        if not isinstance(error, BlockingIOError):
+            self.tail = b""
+            self.lose(error)
+        self.update()
 
 
 class Heartbeat(Client):
