@@ -1,0 +1,223 @@
+/* The benchmark's yardstick and its load.  benchmark.py compiles this file and runs it as
+
+     benchmark server                           an echo server: epoll_wait, recv, send, no more
+     benchmark echo PID PORT SECONDS CLIENTS    clients that send 64 bytes, wait for them, send the next
+     benchmark pings PID PORT SECONDS           two clients that read pings as fast as they can
+
+   PID is the server's, whose processor time is read from the kernel.  Each load warms up, measures
+   for SECONDS, and prints a line of JSON; all times are in seconds.  Every byte that comes is checked:
+   a wrong one, or a server that is gone or silent, ends the load with status 1 and a line on stderr. */
+
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { EVENTS = 1023, MESSAGE = 64, WORDS = MESSAGE / 8, BLOCK = 256 * 1024, SAMPLES = 1 << 22 };
+enum { PATIENCE = 30 }; /* seconds in which something must come */
+
+static char buffer[BLOCK];
+static struct epoll_event events[EVENTS];
+
+static void fail(const char *what) {
+    fprintf(stderr, errno ? "%s: %s\n" : "%s\n", what, strerror(errno));
+    exit(1);
+}
+
+/* A connection to a port of 127.0.0.1, or with port 0 a listener on a free one. */
+static int tcp_socket(int port) {
+    int on = 1, fd = socket(AF_INET, SOCK_STREAM, 0);
+    struct timeval patience = {.tv_sec = PATIENCE};
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    if (port ? connect(fd, (void *)&address, sizeof address)
+             : bind(fd, (void *)&address, sizeof address) || listen(fd, 4096))
+        fail(port ? "connect" : "listen");
+    return fd;
+}
+
+static void watch(int epoll, int fd, uint64_t number) {
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = number};
+    if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event))
+        fail("epoll_ctl");
+}
+
+static void serve(void) {
+    struct sockaddr_in address;
+    socklen_t size = sizeof address;
+    int epoll = epoll_create1(0), listener = tcp_socket(0);
+    getsockname(listener, (void *)&address, &size);
+    fprintf(stderr, "listening on 127.0.0.1:%d\n", ntohs(address.sin_port));
+    watch(epoll, listener, listener);
+    for (;;) {
+        int ready = epoll_wait(epoll, events, EVENTS, -1);
+        for (int i = 0; i < ready; i++) {
+            int fd = events[i].data.u64;
+            if (fd == listener) { /* whose TCP_NODELAY is inherited */
+                fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK);
+                watch(epoll, fd, fd);
+                continue;
+            }
+            ssize_t got = recv(fd, buffer, 65536, 0);
+            if (got <= 0 || send(fd, buffer, got, MSG_NOSIGNAL) != got) /* a closed loop leaves room */
+                close(fd);
+        }
+    }
+}
+
+static clockid_t server_clock;
+static double warm, span;   /* when the warming ends; how long to measure */
+static double begun, ended; /* the measured time, 0 until it is known */
+static double used;         /* the server's processor time in it */
+
+static double seconds(clockid_t clock) {
+    struct timespec time;
+    if (clock_gettime(clock, &time))
+        fail("the server's processor time");
+    return time.tv_sec + time.tv_nsec / 1e9;
+}
+
+static void prepare(char **words) {
+    if ((errno = clock_getcpuclockid(atoi(words[2]), &server_clock)))
+        fail("the server's processor time");
+    span = atof(words[4]);
+    warm = seconds(CLOCK_MONOTONIC) + span / 5;
+}
+
+/* Whether what came now counts. */
+static int measuring(double now) {
+    if (ended || now < warm)
+        return 0;
+    if (!begun) {
+        begun = now;
+        used = seconds(server_clock);
+        return 0;
+    }
+    if (now >= begun + span) {
+        ended = now;
+        used = seconds(server_clock) - used;
+    }
+    return 1;
+}
+
+struct client {
+    int fd, got;       /* got: bytes of the reply */
+    uint64_t number;   /* of the message, among all that all clients send */
+    double since;
+    uint64_t message[WORDS];
+};
+
+static double latencies[SAMPLES];
+
+static void say(struct client *client) {
+    client->number++;
+    for (uint64_t i = 0; i < WORDS; i++) { /* splitmix64, made letters: no two messages are alike */
+        uint64_t x = (client->number * WORDS + i) * 0x9e3779b97f4a7c15u;
+        x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+        client->message[i] = ((x ^ x >> 27) & 0x0f0f0f0f0f0f0f0fu) + 0x6161616161616161u;
+    }
+    client->got = 0;
+    client->since = seconds(CLOCK_MONOTONIC);
+    if (send(client->fd, client->message, MESSAGE, MSG_NOSIGNAL) != MESSAGE)
+        fail("send");
+}
+
+static int ascending(const void *a, const void *b) {
+    return (*(double *)a > *(double *)b) - (*(double *)a < *(double *)b);
+}
+
+static void echo(char **words) {
+    int size = atoi(words[5]), talking = size, epoll = epoll_create1(0);
+    size_t count = 0;
+    struct client *clients = calloc(size, sizeof *clients);
+    for (int i = 0; i < size; i++) {
+        clients[i].fd = tcp_socket(atoi(words[3]));
+        clients[i].number = (uint64_t)i << 40;
+        watch(epoll, clients[i].fd, i);
+    }
+    for (int i = 0; i < size; i++)
+        say(&clients[i]);
+    prepare(words);
+    while (talking) {
+        int ready = epoll_wait(epoll, events, EVENTS, PATIENCE * 1000);
+        if (!ready)
+            fail("no reply");
+        for (int i = 0; i < ready; i++) {
+            struct client *client = &clients[events[i].data.u64];
+            ssize_t got = recv(client->fd, buffer, MESSAGE - client->got, 0);
+            if (got <= 0)
+                fail(got ? "recv" : "the server has closed a connection");
+            if (memcmp(buffer, (char *)client->message + client->got, got))
+                fail("a reply has wrong bytes");
+            client->got += got;
+            if (client->got < MESSAGE)
+                continue;
+            double now = seconds(CLOCK_MONOTONIC);
+            if (measuring(now))
+                latencies[count++ % SAMPLES] = now - client->since;
+            if (ended)
+                talking--;
+            else
+                say(client);
+        }
+    }
+    for (int i = 0; i < size; i++)
+        shutdown(clients[i].fd, SHUT_WR);
+    for (int i = 0; i < size; i++)
+        if (recv(clients[i].fd, buffer, 1, 0))
+            fail("after the last reply: no end of file");
+    size_t kept = count < SAMPLES ? count : SAMPLES;
+    qsort(latencies, kept, sizeof *latencies, ascending);
+    printf("{\"echoes\": %zu, \"seconds\": %.9f, \"cpu\": %.9f, \"median\": %.9f, \"p99\": %.9f}\n",
+           count, ended - begun, used, latencies[kept / 2], latencies[kept * 99 / 100]);
+}
+
+static void pings(char **words) {
+    struct pollfd clients[2] = {{.fd = tcp_socket(atoi(words[3])), .events = POLLIN},
+                                {.fd = tcp_socket(atoi(words[3])), .events = POLLIN}};
+    double all[2] = {0}, counted[2] = {0};
+    prepare(words);
+    while (!ended) {
+        if (!poll(clients, 2, PATIENCE * 1000))
+            fail("no pings");
+        for (int i = 0; i < 2; i++) {
+            if (!clients[i].revents)
+                continue;
+            ssize_t got = recv(clients[i].fd, buffer, BLOCK, 0);
+            if (got <= 0)
+                fail(got ? "recv" : "the server has closed a connection");
+            /* right if the first letters are, and each later one is that of four before */
+            if (memcmp(buffer, "pingpin" + (uint64_t)all[i] % 4, got < 4 ? got : 4) ||
+                (got > 4 && memcmp(buffer + 4, buffer, got - 4)))
+                fail("a ping has wrong bytes");
+            all[i] += got;
+            if (measuring(seconds(CLOCK_MONOTONIC)))
+                counted[i] += got;
+        }
+    }
+    printf("{\"bytes\": %.0f, \"other\": %.0f, \"seconds\": %.9f, \"cpu\": %.9f}\n",
+           counted[0], counted[1], ended - begun, used);
+}
+
+int main(int count, char **words) {
+    if (count == 2 && !strcmp(words[1], "server"))
+        serve();
+    else if (count == 6 && !strcmp(words[1], "echo"))
+        echo(words);
+    else if (count == 5 && !strcmp(words[1], "pings"))
+        pings(words);
+    else
+        return 2;
+    return 0;
+}
