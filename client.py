@@ -7,11 +7,13 @@ send a reset, and a reset may destroy what the server has not read yet.  So this
 all the time, and leaves politely: it half-closes ("I have said all"), reads on to the
 server's end of file, and closes then.
 
-    event                      what happens
-    -------------------------  ----------------------------------------------------------
-    the server has sent        pings are counted, anything else is shown
-    the server takes more      what is still unsent is sent
-    standard input has more    it is sent; a person at a terminal gets the count of pings
+    event                       what happens
+    --------------------------  ---------------------------------------------------------
+    the server has sent         pings are counted, anything else is shown
+    the server takes more       what is still unsent is sent
+    standard input has more     it is sent; a person is answered with the number of pings
+    a moment has passed         where nothing has come, that is said
+    SIGINT or SIGTERM           it leaves: politely, if that takes no more than a moment
 
 In the interpreter, `import client; sock = client.connect()` gives a plain socket.
 """
@@ -26,17 +28,17 @@ import select
 import signal
 import socket
 import sys
-from typing import Callable
+from typing import Any, Callable
 
 HOST, PORT = "127.0.0.1", 10001
 SIZE = 256 * 1024  # bytes of one read
 PING = b"ping"
 PINGS = PING * (SIZE // len(PING) + 1)  # what a piece of the stream is compared with, in one stroke
-RUN = re.compile(rb"\A(?:ping)*")
-MOMENT = 1.0  # seconds without a word from the server, until that is said
+RUN = re.compile(rb"^(?:ping)+", re.MULTILINE)
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but tab and newline, DEL, C1
+MOMENT = 1.0  # seconds
 PROMPT = b"> "
 SILENCE = "nothing from the server yet: it may be waiting for another client"
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but tab and newline, DEL, C1
 
 
 def connect(host: str = HOST, port: int = PORT) -> socket.socket:
@@ -57,29 +59,19 @@ class Loop:
         self.epoll = select.epoll()
         self.handlers: dict[int, Callable[[int], None]] = {}
         self.interests: dict[int, int] = {}
-        self.files: set[int] = set()  # are always ready, and cannot be watched: epoll_ctl(2)
-        self.patience: float | None = MOMENT
-        self.idle: Callable[[], None] = lambda: None
-
-    def stop(self) -> None:
-        """Hand over no more."""
-        self.running = False
+        self.files: set[int] = set()  # always ready, and not to be watched: epoll_ctl(2)
 
     def run(self) -> None:
-        """Hand over until `running` is false.  Call idle() when there was nothing for a while."""
+        """Hand over until `running` is false."""
         while self.running:
-            ready = self.epoll.poll(0 if self.files else self.patience)
-            ready += [(descriptor, select.EPOLLIN) for descriptor in self.files]
-            for descriptor, events in ready:
+            ready = self.epoll.poll(0 if self.files else None)
+            for descriptor, events in ready + [(file, select.EPOLLIN) for file in self.files]:
                 self.handlers[descriptor](events)
-            if not ready:
-                self.patience = None
-                self.idle()
 
     def watch(self, descriptor: int, interest: int, handler: Callable[[int], None]) -> None:
         """From now on call handler(events) when something of the interest is true of the descriptor."""
-        before, self.interests[descriptor] = self.interests.get(descriptor, 0), interest
-        self.handlers[descriptor] = handler
+        before = self.interests.get(descriptor, 0)
+        self.interests[descriptor], self.handlers[descriptor] = interest, handler
         try:
             if interest and before:
                 self.epoll.modify(descriptor, interest)
@@ -88,7 +80,13 @@ class Loop:
             elif before:
                 self.epoll.unregister(descriptor)
         except PermissionError:
-            self.files = {descriptor} if interest else set()
+            (self.files.add if interest else self.files.discard)(descriptor)
+
+
+def leave_at_once_when_told() -> None:
+    """From now on SIGINT and SIGTERM end the program, wherever it stands."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(1))
 
 
 class PingStream:
@@ -109,62 +107,61 @@ class PingStream:
         if not self.in_line and PINGS.startswith(data, self.letters):
             self.pings, self.letters = self.pings + letters // len(PING), letters % len(PING)
             return b""
-        rest, other = PING[: self.letters] + data, b""
-        self.letters = 0
-        while rest:
-            if not self.in_line:
-                start = len(rest)
-                rest = RUN.sub(b"", rest, 1)
-                self.pings += (start - len(rest)) // len(PING)
-                if PING.startswith(rest):  # no byte, or the first letters of one more
-                    self.letters = len(rest)
-                    break
-            line, newline, rest = rest.partition(b"\n")
-            self.in_line = not newline
-            other += line + newline
-        return other
+        line, rest = b"", PING[: self.letters] + data
+        if self.in_line:
+            end = rest.find(b"\n") + 1 or len(rest)
+            line, rest = rest[:end], rest[end:]
+        other = RUN.sub(b"", rest)
+        self.pings += (len(rest) - len(other)) // len(PING)
+        last = other[other.rfind(b"\n") + 1 :]
+        self.letters = len(last) if PING.startswith(last) else 0
+        self.in_line = last != PING[: self.letters] or (not rest and line[-1:] != b"\n")
+        return line + other[: len(other) - self.letters]
 
 
 def write(descriptor: int, data: bytes | memoryview) -> None:
     """Write all the bytes.  Whoever reads them may keep us waiting, and so, by TCP, the server."""
     data = memoryview(data)
-    try:
-        while data:
+    while data:
+        try:
             data = data[os.write(descriptor, data) :]
-    except OSError as error:
-        sys.exit(f"standard output can no longer be written: {error.strerror}")
+        except BlockingIOError:  # somebody who shares it has set O_NONBLOCK
+            select.select([], [descriptor], [])
+        except OSError as error:
+            sys.exit(f"standard output can no longer be written: {error.strerror}")
 
 
 class Screen:
-    """What is seen: anything that is no ping, and to a person a prompt and the number of pings.
-
-    Bytes are written as they are; on a terminal as text, with its controls made visible.
-    """
+    """What is seen: anything that is no ping; and for a person a prompt, and the number of pings."""
 
     def __init__(self, raw: bool, person: bool) -> None:
         self.raw, self.person, self.stream = raw, person, PingStream()
-        self.output = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
-        terminal = os.isatty(self.output)
-        self.dialogue = self.output if terminal else 2
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace") if terminal and not raw else None
+        self.terminal = os.isatty(1)
+        self.dialogue = 1 if self.terminal else 2
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.row_open = False  # what was shown last has no newline yet
+        self.ask("")
 
     def take(self, data: memoryview) -> None:
         """Count the pings of what the server has sent, and show the rest; if raw, write all of it."""
         if self.raw:
-            write(self.output, data)
-        elif other := self.stream.feed(data):
-            self.show(other)
+            write(1, data)
+        else:
+            self.show(self.stream.feed(data))
 
     def show(self, data: bytes, final: bool = False) -> None:
-        if self.decoder:
+        """Write bytes as they are; on a terminal as text, with its controls made visible."""
+        if self.terminal:
             text = self.decoder.decode(data, final)
             data = CONTROLS.sub(lambda control: f"\\x{ord(control[0]):02x}", text).encode()
-        if data and self.person and self.decoder:
-            data = b"\r" + data + PROMPT
-        write(self.output, data)
+        if data and self.terminal and self.person:  # over the prompt, and the prompt again
+            data = data if self.row_open else b"\r" + data
+            self.row_open = not data.endswith(b"\n")
+            data = data if self.row_open else data + PROMPT
+        write(1, data)
 
-    def ask(self, answer: str = "") -> None:
-        """Answer a person's line, and prompt for the next."""
+    def ask(self, answer: str) -> None:
+        """Answer a person, and prompt."""
         if self.person:
             write(self.dialogue, answer.encode() + PROMPT)
 
@@ -172,48 +169,52 @@ class Screen:
         self.ask(f"{count(self.stream.pings, 'ping')} so far\n")
 
     def notice(self, line: str) -> None:
-        """Say what is no answer: to a person over the prompt, else on standard error."""
+        """Say something that is no answer: to a person over the prompt, else on standard error."""
         if self.person:
             self.ask(f"\r{line}\n")
         elif sys.stderr:
-            sys.stderr.write(f"{line}\n")
+            print(line, file=sys.stderr)
 
     def close(self, received: int) -> str:
-        """Show what is cut off at the end, and say in words what of the bytes received were pings."""
+        """Show what is cut off at the end; say in words what the bytes received were."""
         if self.person:
-            write(self.dialogue, b"\n")  # after the prompt
+            write(self.dialogue, b"\n")
             self.person = False
         self.show(PING[: self.stream.letters], final=True)
-        pings, others = count(self.stream.pings, "ping"), received - self.stream.pings * len(PING)
+        pings, others = self.stream.pings, received - self.stream.pings * len(PING)
         if self.raw:
             return count(received, "byte")
-        return f"{pings}, {count(others, 'other byte')}" if others else pings
+        return count(pings, "ping") + (f", {count(others, 'other byte')}" if others else "")
 
 
 class Conversation:
-    """The connection and standard input.
+    """The connection, standard input, and the signals that end it.
 
     Input is read only while nothing is unsent: it waits for the server, and memory does not grow.
     """
 
     def __init__(self, loop: Loop, sock: socket.socket, screen: Screen) -> None:
         self.loop, self.sock, self.screen = loop, sock, screen
-        self.source = -1  # the descriptor of standard input, if it is to be sent
         self.buffer = memoryview(bytearray(SIZE))
         self.unsent = memoryview(b"")
-        self.received = self.bytes = self.messages = 0  # a message is a line
-        self.line_open = False  # the last one lacks its newline
-        self.said_all = False
+        self.received = self.sent = self.newlines = 0
+        self.last = b"\n"  # byte sent
+        self.said_all = self.interrupted = False
         self.failure = ""
         sock.setblocking(False)
+        self.signals, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writer)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, self.interrupt)
+        signal.setitimer(signal.ITIMER_REAL, MOMENT)
+        loop.watch(self.signals, select.EPOLLIN, self.read_signals)
 
     def update(self) -> None:
         """Tell epoll what to wait for."""
+        reading = 0 if self.unsent or self.said_all else select.EPOLLIN
         writing = select.EPOLLOUT if self.unsent else 0
+        self.loop.watch(0, reading, self.read_input)
         self.loop.watch(self.sock.fileno(), select.EPOLLIN | writing, self.ready)
-        if self.source >= 0:
-            reading = 0 if self.unsent or self.said_all else select.EPOLLIN
-            self.loop.watch(self.source, reading, self.read_source)
 
     def ready(self, events: int) -> None:
         """The connection is ready: receive a piece, then send one."""
@@ -237,11 +238,11 @@ class Conversation:
             return
         if self.unsent or not self.said_all:
             self.failure = self.failure or "the server has ended the conversation"
-        self.loop.stop()
+        self.loop.running = False
 
-    def read_source(self, events: int) -> None:
+    def read_input(self, events: int) -> None:
         """Standard input is ready: send a piece of it; at its end, finish."""
-        data = os.read(self.source, SIZE)
+        data = os.read(0, SIZE)
         if data:
             self.put(data)
             self.screen.answer()
@@ -249,24 +250,22 @@ class Conversation:
             self.finish()
 
     def put(self, data: bytes) -> None:
-        """Send data, which is none or more lines or a piece of one, as the server takes it."""
-        self.bytes += len(data)
-        self.messages += data.count(b"\n") - self.line_open
-        self.line_open = not data.endswith(b"\n")
-        self.messages += self.line_open
+        """Send data, as the server takes it.  Nothing else may be unsent."""
         self.unsent = memoryview(data)
         self.send()
 
     def finish(self) -> None:
-        """Nothing more will be put: half-close, when all is sent, and be told what still comes."""
+        """Nothing more will be put: half-close, when all is sent."""
         self.said_all = True
         self.send()
 
     def send(self) -> None:
-        """Send what is taken at once; after all of it, our end of file."""
+        """Send what is taken at once; after the last of it, our end of file."""
         try:
             if self.unsent:
-                self.unsent = self.unsent[self.sock.send(self.unsent) :]
+                sent = bytes(self.unsent[: self.sock.send(self.unsent)])
+                self.sent, self.newlines = self.sent + len(sent), self.newlines + sent.count(b"\n")
+                self.unsent, self.last = self.unsent[len(sent) :], sent[-1:]
             if self.said_all and not self.unsent:
                 self.sock.shutdown(socket.SHUT_WR)
         except BlockingIOError:
@@ -280,6 +279,31 @@ class Conversation:
         self.failure = self.failure or f"the connection is broken: {error.strerror}"
         self.unsent = memoryview(b"")
 
+    def interrupt(self, number: int, frame: Any) -> None:
+        """A signal is told to the loop by a byte in a pipe; the second one ends everything at once."""
+        if number != signal.SIGALRM:
+            leave_at_once_when_told()
+
+    def read_signals(self, events: int) -> None:
+        """A moment has passed, or it is time to leave."""
+        if signal.SIGALRM not in os.read(self.signals, 16):
+            self.interrupted = True
+            signal.setitimer(signal.ITIMER_REAL, MOMENT)
+            self.finish()
+        elif self.interrupted:
+            self.loop.running = False
+        elif not self.received:
+            self.screen.notice(SILENCE)
+
+    def summary(self) -> str:
+        """What went wrong, if anything; what was sent, and what was received."""
+        if self.unsent and not self.failure:
+            self.failure = "not everything was sent"
+        messages = self.newlines + (self.last != b"\n")
+        sent = f"sent {count(messages, 'message')}, {count(self.sent, 'byte')}"
+        failure = f"{self.failure}; " if self.failure else ""
+        return f"{failure}{sent}; received {self.screen.close(self.received)}"
+
 
 def arguments() -> argparse.Namespace:
     """The command line.  Wrong usage ends the program, with argparse's message and status 2."""
@@ -287,55 +311,36 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--host", default=HOST, help="the server's address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="its port (default: %(default)s)")
     parser.add_argument("--raw", action="store_true", help="write what comes as it is, and count nothing")
-    parser.add_argument(
-        "message", nargs="*", metavar="MESSAGE", help="a line to send (default: standard input)"
-    )
+    parser.add_argument("message", nargs="*", metavar="MESSAGE", help="a line (default: standard input)")
     options = parser.parse_args()
     if not 0 < options.port < 65536:
         parser.error("argument --port: must be from 1 to 65535")
     return options
 
 
-def converse(sock: socket.socket, options: argparse.Namespace) -> int:
-    """Send what is to be sent, leave, and sum up; return the exit status."""
-    person = bool(sys.stdin and sys.stdin.isatty() and not options.message and not options.raw)
-    loop, screen = Loop(), Screen(options.raw, person)
-    talk = Conversation(loop, sock, screen)
-    loop.idle = lambda: None if talk.received else screen.notice(SILENCE)
-    screen.ask()
-    if options.message:
-        talk.put(b"".join(os.fsencode(message) + b"\n" for message in options.message))
-    elif sys.stdin:
-        talk.source = sys.stdin.fileno()
-    if talk.source < 0:
-        talk.finish()
-    talk.update()
-    try:
-        loop.run()
-    except KeyboardInterrupt:  # leave politely, where that takes no more than a moment
-        loop.patience, loop.idle = MOMENT, loop.stop
-        talk.finish()
-        loop.run()
-    failure = talk.failure or ("not everything was sent" if talk.unsent else "")
-    sent = f"sent {count(talk.messages, 'message')}, {count(talk.bytes, 'byte')}"
-    received = screen.close(talk.received)
-    screen.notice(f"{failure}{'; ' if failure else ''}{sent}; received {received}")
-    return 1 if failure else 0
-
-
 def main() -> int:
-    """Connect, and converse; return the exit status."""
+    """Hold one conversation; return the exit status."""
+    leave_at_once_when_told()
     options = arguments()
     if not hasattr(select, "epoll"):
         sys.exit("this system has no epoll: run the client on Linux, in a container or WSL, say")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    while os.open(os.devnull, os.O_RDWR) < 3:  # or the socket takes the place of a closed stream
+        pass
     try:
-        with connect(options.host, options.port) as sock:
-            return converse(sock, options)
-    except KeyboardInterrupt:  # the second one: leave at once
-        return 1
+        sock = connect(options.host, options.port)
     except (OSError, UnicodeError) as error:
-        sys.exit(f"cannot go on with {options.host}, port {options.port}: {error}")
+        why = getattr(error, "strerror", None) or error
+        sys.exit(f"cannot connect to {options.host}, port {options.port}: {why}; is the server running?")
+    person = os.isatty(0) and not options.message and not options.raw
+    loop, screen = Loop(), Screen(options.raw, person)
+    talk = Conversation(loop, sock, screen)
+    if options.message:
+        talk.put(b"".join(os.fsencode(message) + b"\n" for message in options.message))
+        talk.finish()
+    talk.update()
+    loop.run()
+    screen.notice(talk.summary())
+    return 1 if talk.failure else 0
 
 
 if __name__ == "__main__":
