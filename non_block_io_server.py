@@ -267,7 +267,8 @@ class Client:
 
     def __init__(self, listener: Listener, sock: socket.socket, name: str, address: str) -> None:
         self.listener, self.messages = listener, listener.messages
-        self.sock, self.name, self.address = sock, name, address
+        self.sock, self.name = sock, name
+        self.header = f"data received... ({name}, {address})\n"
         self.received = self.sent = 0  # bytes
         self.held = b""  # the first bytes of a letter, whose others are still to come
         self.tail = b""  # the part of an echo that is still to be sent
@@ -339,7 +340,7 @@ class Client:
         if text:
             text = text[:-1] if text[-1] == "\n" else text
             text = text if text.isprintable() else text.translate(VISIBLE)
-            self.messages.write(f"data received... ({self.name}, {self.address})\n{text}\n")
+            self.messages.write(f"{self.header}{text}\n")
 
     def lose(self, error: OSError) -> None:
         """The connection is broken: remember by what."""
