@@ -36,6 +36,7 @@ import codecs
 import errno
 import functools
 import os
+import re
 import signal
 import socket
 import stat
@@ -75,9 +76,7 @@ OPTIONS = (  # set on the listener, inherited by its connections: socket(7), tcp
 )
 SHORTAGE = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM  # accept(2): it may work later
 
-# Controls are shown, not obeyed; and no second line can pass for the header of another message.
-VISIBLE = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
-VISIBLE.update({ord("\t"): "\t", ord("\n"): "\n  "})
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but tab and newline, DEL, C1
 
 
 def count(number: int, noun: str) -> str:
@@ -339,7 +338,9 @@ class Client:
         self.held = data[used:]
         if text:
             text = text[:-1] if text[-1] == "\n" else text
-            text = text if text.isprintable() else text.translate(VISIBLE)
+            if not text.isprintable():  # controls are shown, not obeyed; no line passes for a header
+                text = CONTROLS.sub(lambda control: f"\\x{ord(control[0]):02x}", text)
+                text = text.replace("\n", "\n  ")
             self.messages.write(f"{self.header}{text}\n")
 
     def lose(self, error: OSError) -> None:
