@@ -459,7 +459,8 @@ class Listener:
                     self.loop.watch(self.sock.fileno(), 0, self.ready)
                     if not self.serving or not self.clients:  # no seat will be given back
                         self.loop.timers[self.update] = time.monotonic() + MOMENT
-                return  # or nobody is left, or who was next is gone again (accept(2))
+                    return
+                break  # nobody is left, or who was next is gone again (accept(2))
             self.seat(sock, name_of(address))
         self.update()
 
