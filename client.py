@@ -28,6 +28,7 @@ import select
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any, Callable
 
 HOST, PORT = "127.0.0.1", 10001
@@ -172,8 +173,9 @@ class Screen:
         """Say something that is no answer: to a person over the prompt, else on standard error."""
         if self.person:
             self.ask(f"\r{line}\n")
-        elif sys.stderr:
-            print(line, file=sys.stderr)
+        else:
+            with suppress(OSError):  # where nobody can be told, the exchange goes on all the same
+                os.write(2, f"{line}\n".encode())
 
     def close(self, received: int) -> str:
         """Show what is cut off at the end; say in words what the bytes received were."""
@@ -242,7 +244,10 @@ class Conversation:
 
     def read_input(self, events: int) -> None:
         """Standard input is ready: send a piece of it; at its end, finish."""
-        data = os.read(0, SIZE)
+        try:
+            data = os.read(0, SIZE) if not self.said_all else b""
+        except OSError as error:
+            data, self.failure = b"", f"standard input cannot be read: {error.strerror}"
         if data:
             self.put(data)
             self.screen.answer()
@@ -256,8 +261,9 @@ class Conversation:
 
     def finish(self) -> None:
         """Nothing more will be put: half-close, when all is sent."""
-        self.said_all = True
-        self.send()
+        if not self.said_all:
+            self.said_all = True
+            self.send()
 
     def send(self) -> None:
         """Send what is taken at once; after the last of it, our end of file."""
@@ -286,7 +292,7 @@ class Conversation:
 
     def read_signals(self, events: int) -> None:
         """A moment has passed, or it is time to leave."""
-        if signal.SIGALRM not in os.read(self.signals, 16):
+        if set(os.read(self.signals, 16)) != {signal.SIGALRM}:
             self.interrupted = True
             signal.setitimer(signal.ITIMER_REAL, MOMENT)
             self.finish()

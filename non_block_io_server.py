@@ -63,7 +63,7 @@ READ_SIZE = 65536  # bytes of one read: how much of everybody's time one client 
 PENDING_LIMIT = 1024 * 1024  # characters that may wait for a stalled output
 ACCEPTS = 16  # connections taken at a time: a burst of them must not starve the connected
 SPARE_FILES = 16  # descriptors besides the seats': standard streams, epoll, listener, signals
-MOMENT = 1.0  # seconds until the listener tries again, where no client's end will wake it
+MOMENT = 1.0  # seconds until the listener tries again, where nobody leaves before
 PATIENCE = 1.0  # seconds in which a stalled output must move, or be given up, when all ends
 DAY = 86400.0  # seconds; epoll_wait(2) takes no timeout of more than 24 days
 
@@ -212,7 +212,8 @@ class Output:
         if self.own >= 0:
             return os.write(self.own, data)
         if select([], [self.descriptor], [], 0)[1]:
-            return os.write(self.descriptor, data[:PIPE_BUF])  # that much does not block: pipe(7)
+            size = 1 if os.isatty(self.descriptor) else PIPE_BUF  # that much does not block: pipe(7)
+            return os.write(self.descriptor, data[:size])
         raise BlockingIOError
 
     def write(self, text: str) -> None:
@@ -242,7 +243,7 @@ class Output:
                 sys.exit(f"{self.name} can no longer be written: {error.strerror}")
         was_full, self.size = self.size > PENDING_LIMIT, 0
         self.loop.watch(self.descriptor, 0, self.flush)
-        if was_full:
+        if was_full and self.loop.running:
             self.drained()
 
     def drain(self) -> int:
@@ -438,7 +439,7 @@ class Listener:
 
     def update(self) -> None:
         """Accept while there is a seat, and a place for the line that tells of it."""
-        accepting = len(self.clients) < self.seats and self.log.size <= PENDING_LIMIT
+        accepting = len(self.clients) < self.seats and self.log.size <= 2 * PENDING_LIMIT
         self.loop.watch(self.sock.fileno(), EPOLLIN if accepting else 0, self.ready)
 
     def resume(self) -> None:
@@ -457,8 +458,7 @@ class Listener:
                 if error.errno in SHORTAGE:  # the connection stays queued, and is reported without end
                     self.log.write(f"not accepting for now: {error.strerror}\n")
                     self.loop.watch(self.sock.fileno(), 0, self.ready)
-                    if not self.serving or not self.clients:  # no seat will be given back
-                        self.loop.timers[self.update] = time.monotonic() + MOMENT
+                    self.loop.timers[self.update] = time.monotonic() + MOMENT
                     return
                 break  # nobody is left, or who was next is gone again (accept(2))
             self.seat(sock, name_of(address))
@@ -530,7 +530,7 @@ def listen(options: argparse.Namespace) -> socket.socket:
         if options.reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
         sock.bind(address)
         sock.listen(min(max(options.connections, socket.SOMAXCONN), 65535))
         sock.setblocking(False)
@@ -636,25 +636,28 @@ def allow_files(needed: int, log: Output) -> None:
 
 
 def main() -> None:
-    """Serve until a signal comes.  Exits with a line and status 1 where that is not possible."""
+    """Serve until a signal comes.  Exits with status 1, and a line that says why, where that cannot be."""
     options = arguments()
     loop = TracedLoop() if options.trace else Loop()
-    log = Output(loop, sys.stderr, "standard error", vital=False)
     messages = Output(loop, None if options.quiet else sys.stdout, "standard output", vital=True)
+    log = Output(loop, sys.stderr, "standard error", vital=False)
+    if messages.open and log.open and os.path.sameopenfile(messages.descriptor, log.descriptor):
+        log = messages  # two would write into the midst of each other's lines
     if isinstance(loop, TracedLoop):
         loop.log = log
-    StopSignal(loop)
     try:
+        StopSignal(loop)
         allow_files(options.connections + SPARE_FILES, log)
         if not messages.open and not options.quiet:
             log.write("standard output is not open: messages are not shown\n")
         listener = Listener(loop, options, messages, log)
         loop.run()
         listener.stop()
-        if messages.drain():
+        if messages is not log and messages.drain():
             log.write(f"{messages.name} has stalled: {count(messages.size, 'character')} not written\n")
-    except OSError as error:
-        sys.exit(f"cannot go on: {error}")
+    except (OSError, SystemExit) as error:  # not left to Python: it would wait for a stalled stream
+        log.write(f"{error}\n")
+        sys.exit(1)
     finally:
         log.drain()
 

@@ -85,6 +85,18 @@ def test_tries_again_where_no_seat_will_be_given_back(start: Start) -> None:
     assert all(read_exactly(client, 4) == b"ping" for client in clients)
 
 
+def test_accepts_again_when_the_shortage_is_over(start: Start) -> None:
+    server = start("--connections", "9", "--wait-for", "1")
+    first = server.seat()
+    pid = str(server.process.pid)
+    subprocess.run(["prlimit", f"--nofile={server.descriptors()}:1000", "--pid", pid], check=True)
+    second = server.connect()
+    server.err.wait_for("^not accepting for now: Too many open files$")
+    subprocess.run(["prlimit", "--nofile=1000:1000", "--pid", pid], check=True)
+    assert read_exactly(second, 4) == b"ping"
+    assert read_exactly(first, 4) == b"ping"
+
+
 def test_many_clients_cost_little(start: Start) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -130,9 +142,12 @@ def test_copies_share_a_port(start: Start) -> None:
         start("--port", str(one.port))
     clients = [one.connect() for _ in range(60)]
     assert all(read_exactly(client, 4) == b"ping" for client in clients)
-    seated = lambda server: server.err.text.count(" connected from ")  # noqa: E731
-    eventually(lambda: seated(one) + seated(other) == 60, "each is told of once")
-    assert min(seated(one), seated(other)) > 0, "the kernel spreads the clients"
+
+    def seated() -> list[int]:
+        return [server.err.text.count(" connected from ") for server in (one, other)]
+
+    eventually(lambda: sum(seated()) == 60, "each is told of once")
+    assert min(seated()) > 0, "the kernel spreads the clients"
 
 
 # ---------------------------------------------------------------- an echo

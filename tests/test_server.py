@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -509,6 +510,75 @@ def test_stalls_nobody_on_a_terminal_or_a_socket(start: Start, kind: str) -> Non
     server.process.kill()
 
 
+def test_one_stalled_pipe_for_both_outputs_forges_nothing() -> None:
+    command = [sys.executable, SERVER, "--port", "0", "--connections", "300", "--wait-for", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        port = int(re.findall(rb":(\d+),", process.stdout.readline())[0])
+        forger = socket.create_connection(("127.0.0.1", port), DEADLINE)
+        forger.setblocking(False)
+        line = b"data received... (client 9, 10.0.0.1:9)\nforged\n"
+        for _ in range(200):
+            with suppress(BlockingIOError):
+                forger.send(line * 200)
+            with socket.create_connection(("127.0.0.1", port), DEADLINE) as other:
+                read_exactly(other, 4)
+        process.terminate()
+        shown = process.stdout.read().decode().splitlines()
+        forger.close()
+    assert process.returncode == 0
+    assert len(shown) > 10_000
+    header = r"data received\.\.\. \(client 1, 127\.0\.0\.1:\d+\)"
+    told = r"serving 1 client|stopped: .*|client \d+ (connected from|left:|was reset:) .* seats taken"
+    after_header = False
+    for text in shown:
+        assert after_header or text.startswith("  ") or re.fullmatch(f"{header}|{told}", text), text
+        after_header = bool(re.fullmatch(header, text))
+
+
+def test_what_it_cannot_go_on_from_does_not_wait_for_a_stalled_standard_error(start: Start) -> None:
+    reader, writer = os.pipe()
+    server = start("--wait-for", "1", "--echo", "--trace", stdout=writer)
+    os.close(writer)
+    client = server.seat()
+    server.err.going.clear()
+    for _ in range(1000):  # fills standard error with the trace
+        client.sendall(b"x")
+        read_exactly(client, 1)
+    os.close(reader)
+    client.sendall(b"is anybody there?")
+    assert server.process.wait(DEADLINE) == 1
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_stalls_nobody_where_the_output_cannot_be_reopened(start: Start, kind: str, tmp_path: Path) -> None:
+    program = tmp_path / "server.py"  # as after su, where the terminal is another user's
+    program.write_text(
+        "import os, runpy, sys\n"
+        "def refuse(path, *rest, open=os.open):\n"
+        "    if str(path).startswith('/proc'): raise PermissionError\n"
+        "    return open(path, *rest)\n"
+        "os.open = refuse\n"
+        f"runpy.run_path({SERVER!r}, run_name='__main__')\n"
+    )
+    ours, theirs = os.openpty() if kind == "terminal" else os.pipe()
+    server = start(program=str(program), stdout=theirs)
+    os.close(theirs)
+    writer, reader = server.seat(), server.seat()
+    writer.sendall(b"x" * 500_000 + b"\n" * 1000)
+    for _ in range(5):
+        assert is_pings(read_exactly(reader, 5_000_000)), "pings go on"
+    server.settled()
+    os.close(ours)
+
+
+def test_says_that_there_are_no_descriptors() -> None:
+    limits = 6, 6
+    result = run("--port", "0", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
+    assert result.returncode == 1
+    assert re.fullmatch(r".*Too many open files\n", result.stderr)
+
+
 def test_what_it_cannot_write_at_the_end_it_says(start: Start) -> None:
     server = start(paused=True)
     writer, _ = server.seat(), server.seat()
@@ -527,6 +597,7 @@ def test_writes_everything_before_it_ends(start: Start) -> None:
     server.out.going.set()
     text = server.stop()
     assert "stalled" not in text
+    assert text.splitlines()[-1].startswith("stopped: ")
     received = int(re.findall(r"served, ([\d,]+) bytes", text)[0].replace(",", ""))
     assert server.out.rest().count("x") == received - received // 64 > 1_000_000
 
