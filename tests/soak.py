@@ -120,6 +120,7 @@ class Client:
 
     def move(self, got: float = 0, reading: bool = True, patience: float = STALL) -> bool:
         """Send all words, and read until `got` bytes have come; False if, in patience, nothing moves."""
+        state, since = (0, 0), time.monotonic()
         while self.sent < len(self.words) or (self.got < got and not self.ended):
             writers = [self.sock] if self.sent < len(self.words) else []
             readable, writable, _ = select.select([self.sock] if reading else [], writers, [], patience)
@@ -127,7 +128,10 @@ class Client:
                 self.send()
             if readable:
                 self.read()
-            if not readable and not writable:
+            before, state = state, (self.sent, 0 if writers and not self.server.echo else self.got)
+            if state != before:  # pings do not count while words wait: they come without end
+                since = time.monotonic()
+            elif time.monotonic() - since >= patience:
                 if patience < STALL:
                     return False
                 raise Wrong(f"stalled: {self.sent} of {len(self.words)} sent, {self.got} of {got} got")

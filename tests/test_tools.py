@@ -16,7 +16,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_soaks() -> None:
-    result = run("tests/soak.py", "--seconds", "5", "--seed", "1")
+    result = run("tests/soak.py", "--seconds", "3", "--seed", "1")
     assert result.returncode == 0, result.stderr[-3000:]
     line = result.stdout.splitlines()[-1]
     found = re.match(
