@@ -604,10 +604,10 @@ def arguments() -> argparse.Namespace:
     """The command line.  Wrong usage ends the program, with argparse's message and status 2."""
     parser = argparse.ArgumentParser(description="Serve pings to TCP clients, and show what they send.")
     add = parser.add_argument
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 for every IPv4 address, :: for all")
-    add("--port", type=int, default=10001, metavar="N", help="0: a free one")
-    add("--connections", type=int, default=2, metavar="N", help="seats")
-    add("--wait-for", type=int, metavar="M", help="begin to serve when M clients are there (default: N)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="(127.0.0.1); 0.0.0.0: all IPv4, :: all")
+    add("--port", type=int, default=10001, metavar="N", help="(10001); 0: a free one")
+    add("--connections", type=int, default=2, metavar="N", help="seats (2)")
+    add("--wait-for", type=int, metavar="M", help="begin to serve when M clients are there (N)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--echo", action="store_true", help="send each client its own bytes, not pings")
     kind.add_argument("--every", type=float, metavar="SECONDS", help="send one ping every SECONDS")
