@@ -271,18 +271,17 @@ class Client:
         self.header = f"data received... ({name}, {address})\n"
         self.received = self.sent = 0  # bytes
         self.held = b""  # the first bytes of a letter, whose others are still to come
-        self.tail = b""  # the part of an echo that is still to be sent
         self.ended = False  # its end of file has come
         self.sending = True  # can be sent to
         self.how = "left"
 
     def unsent(self) -> bytes | memoryview:
         """What is to be sent as soon as the client takes it."""
-        return self.tail
+        raise NotImplementedError
 
     def update(self) -> None:
         """Tell epoll what this client waits for now.  When it is nothing more, say goodbye."""
-        reading = not (self.ended or self.tail or self.messages.size > PENDING_LIMIT)
+        reading = not (self.ended or self.messages.size > PENDING_LIMIT)
         writing = self.sending and self.unsent()
         if self.ended and not writing:
             self.leave()
@@ -364,30 +363,48 @@ class Echo(Client):
     """Is sent its own bytes (--echo), and is not read while it does not take them: backpressure."""
 
     noun, size = "byte", 1
+    tail = b""  # what was read and not yet taken
+
+    def unsent(self) -> bytes | memoryview:
+        return self.tail
+
+    def update(self) -> None:
+        if self.tail:
+            self.listener.loop.watch(self.sock.fileno(), EPOLLOUT, self.resend)
+        else:
+            super().update()
 
     def ready(self, events: int) -> None:
         """What read() and send() do, in one piece: an echo is made of calls (README: Speed)."""
-        data = self.tail
+        if self.messages.open and self.messages.size > PENDING_LIMIT:
+            return self.update()
+        try:
+            data = self.sock.recv(READ_SIZE)
+        except OSError as error:
+            return self.unreadable(error)
         if not data:
-            if self.messages.size > PENDING_LIMIT:
-                return self.update()
-            try:
-                data = self.sock.recv(READ_SIZE)
-            except OSError as error:
-                return self.unreadable(error)
-            if not data:
-                return self.end()
-            self.received += len(data)
-            if self.messages.open:
-                self.show(data)
+            return self.end()
+        self.received += len(data)
+        if self.messages.open:
+            self.show(data)
         try:
             sent = self.sock.send(data)
         except OSError as error:
             return self.unsendable(error, data)
         self.sent += sent
-        if self.tail or sent != len(data):
+        if sent != len(data):
             self.tail = data[sent:]
             self.update()
+
+    def resend(self, events: int) -> None:
+        """The client reads again: send the rest."""
+        try:
+            sent = self.sock.send(self.tail)
+        except OSError as error:
+            return self.unsendable(error, self.tail)
+        self.sent += sent
+        self.tail = self.tail[sent:]
+        self.update()
 
     def unsendable(self, error: OSError, data: bytes) -> None:
         """A send has failed: its data waits until the client reads, or is lost with the connection."""

@@ -138,7 +138,7 @@ class Server:
             return fields[0], fields[11], fields[12], str(self.status("voluntary_ctxt_switches"))
 
         before = state()
-        time.sleep(0.1)
+        time.sleep(0.05)
         return before == state() and before[0] == "S"
 
     def settled(self) -> None:
