@@ -20,6 +20,7 @@ Nothing is judged by how long it takes, but for this: nothing at all for STALL s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import itertools
 import os
@@ -82,6 +83,20 @@ def differ(what: str, real: AnyStr, due: AnyStr) -> None:
         raise Wrong(f"{what}: {real[at : at + 20]!r} in place of {due[at : at + 20]!r}, at {at}")
 
 
+class Patience:
+    """Ends when, for so many seconds, nothing has changed; a pause of the whole machine counts as one."""
+
+    def __init__(self, seconds: float = STALL) -> None:
+        self.seconds, self.idle, self.last = seconds, 0.0, time.monotonic()
+        self.state: tuple[int, ...] = ()
+
+    def ended(self, *state: int) -> bool:
+        now = time.monotonic()
+        self.idle = self.idle + min(now - self.last, 1.0) if state == self.state else 0.0
+        self.last, self.state = now, state
+        return self.idle >= self.seconds
+
+
 def numbers(*texts: str) -> list[int]:
     return [int(text.replace(",", "")) for text in texts]
 
@@ -118,21 +133,19 @@ class Client:
         self.sock.connect(("127.0.0.1", server.port))
         self.sock.setblocking(False)
 
-    def move(self, got: float = 0, reading: bool = True, patience: float = STALL) -> bool:
-        """Send all words, and read until `got` bytes have come; False if, in patience, nothing moves."""
-        state, since = (0, 0), time.monotonic()
+    def move(self, got: int = 0, reading: bool = True, seconds: float = STALL) -> bool:
+        """Send all words, and read until `got` bytes have come; False if for `seconds` nothing moves."""
+        patience = Patience(seconds)
         while self.sent < len(self.words) or (self.got < got and not self.ended):
-            writers = [self.sock] if self.sent < len(self.words) else []
-            readable, writable, _ = select.select([self.sock] if reading else [], writers, [], patience)
+            readers, writers = [self.sock] * reading, [self.sock] * (self.sent < len(self.words))
+            readable, writable, _ = select.select(readers, writers, [], min(seconds, 1.0))
             if writable:
                 self.send()
             if readable:
                 self.read()
-            before, state = state, (self.sent, 0 if writers and not self.server.echo else self.got)
-            if state != before:  # pings do not count while words wait: they come without end
-                since = time.monotonic()
-            elif time.monotonic() - since >= patience:
-                if patience < STALL:
+            # Pings do not count while words wait: they come without end.
+            if patience.ended(self.sent, 0 if writers and not self.server.echo else self.got):
+                if seconds < STALL:
                     return False
                 raise Wrong(f"stalled: {self.sent} of {len(self.words)} sent, {self.got} of {got} got")
         return True
@@ -158,10 +171,10 @@ class Client:
         if self.server.every and self.got > 4 * ((time.monotonic() - self.start) / self.server.every + 3):
             raise Wrong(f"got {self.got} bytes, more than a ping a beat")
 
-    def arrive(self, patience: float = STALL) -> None:
+    def arrive(self, seconds: float = STALL) -> None:
         """Wait until all that was sent is acknowledged: the server's kernel has it, and keeps it."""
-        end = time.monotonic() + patience
-        while not self.certain and time.monotonic() < end:
+        patience = Patience(seconds)
+        while not self.certain and not patience.ended():
             self.certain = not struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0]
             time.sleep(0.001)
 
@@ -170,10 +183,10 @@ class Client:
         self.move()
         self.polite = self.certain = True
         self.sock.shutdown(socket.SHUT_WR)
-        end = time.monotonic() + STALL
+        patience = Patience()
         while not self.ended:
             self.move(self.got + 1)
-            if time.monotonic() > end:  # pings may come without end
+            if patience.ended():  # pings may come without end
                 raise Wrong("its end of file is not answered")
         self.sock.close()
 
@@ -191,11 +204,11 @@ class Client:
         manner = rng.choice(("scan", "idle", "mute", "dribs", "full"))
         self.faults += (manner in ("scan", "mute")) + (self.urgent >= 0) + (size > 1 << 16)
         if manner == "mute":
-            self.move(reading=False, patience=0.02)
+            self.move(reading=False, seconds=0.02)
         elif manner == "dribs":
             self.gulp = rng.randint(1, 7) if size < 1000 else 20000
             for _ in range(3 if server.every else 100):
-                if not self.move(self.got + 1, patience=0.05):
+                if not self.move(self.got + 1, seconds=0.05):
                     break
             self.gulp = 1 << 18
         elif manner == "full":
@@ -242,19 +255,18 @@ class Server:
         self.seated: dict[int, Client] = {}  # by number
         self.turns = itertools.count()
         self.settled = self.accepted = self.gone = self.received = self.sent = self.port = 0
-        self.checked = self.faults = self.base_files = self.base_memory = 0
+        self.heard = self.checked = self.faults = self.base_files = self.base_memory = 0
         self.summary = [0, 0, 0]  # clients served, bytes received, pings or bytes sent
         self.wrongs: list[str] = []
         self.speaker: Client | None = None
         self.fresh = False  # the line before was a header
-        self.moved = time.monotonic()
         self.memories: list[int] = []
         self.flowing = threading.Event(), threading.Event()  # standard output, standard error
         for flowing in self.flowing:
             flowing.set()
         command = [sys.executable, script, "--port", "0", *options]
         pipe, utf8 = subprocess.PIPE, {**os.environ, "PYTHONIOENCODING": "utf-8"}
-        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=utf8, start_new_session=True)
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=utf8)
         assert self.process.stdout and self.process.stderr
         self.pool = ThreadPoolExecutor(CROWD + 2)
         self.pool.submit(self.hear, self.process.stdout, self.flowing[0], self.message)
@@ -263,7 +275,7 @@ class Server:
     def hear(self, stream: IO[bytes], flowing: threading.Event, take: Callable[[str], None]) -> None:
         for line in stream:
             flowing.wait()
-            self.moved = time.monotonic()
+            self.heard += 1
             take(line[:-1].decode("utf-8", "surrogateescape"))
 
     def message(self, line: str) -> None:
@@ -301,9 +313,9 @@ class Server:
 
     def wait(self, true: Callable[[], bool], what: str) -> None:
         """Wait until it is true, as long as something happens."""
-        self.moved = time.monotonic()
+        patience = Patience()
         while not true():
-            if self.wrongs or self.process.poll() is not None or time.monotonic() > self.moved + STALL:
+            if self.wrongs or self.process.poll() is not None or patience.ended(self.heard):
                 raise Wrong(f"waited in vain until {what}")
             time.sleep(0.002)
 
@@ -384,7 +396,7 @@ class Server:
         self.flowing[0].clear()
         try:
             writer.words += ROWS * (1 if self.quiet else 6)
-            writer.move(len(writer.words) if self.echo else 0, reading=self.echo, patience=0.05)
+            writer.move(len(writer.words) if self.echo else 0, reading=self.echo, seconds=0.05)
             self.memory()
             if not self.echo:
                 reader.move(reader.got + (4 if self.every else 1 << 20))
@@ -492,19 +504,21 @@ def main() -> int:
     rng.shuffle(modes)
     end = time.monotonic() + options.seconds
     served = checked = faults = losses = 0
-    for left, mode in zip(range(len(modes), 0, -1), modes):
-        now = time.monotonic()
-        if losses and now > end:
-            break
-        server = soak(options.server, mode, rng, now + max(0.0, end - now) / left)
-        served, checked = served + server.settled, checked + server.checked
-        faults, losses = faults + server.faults, losses + len(server.wrongs)
-        print(f"soak: {' '.join(mode)}: {server.settled:,} connections served", file=sys.stderr)
-        for wrong in server.wrongs[:10]:
-            print(f"  {wrong}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
+    with contextlib.suppress(KeyboardInterrupt):
+        for left, mode in zip(range(len(modes), 0, -1), modes):
+            now = time.monotonic()
+            if losses and now > end:
+                break
+            server = soak(options.server, mode, rng, now + max(0.0, end - now) / left)
+            served, checked = served + server.settled, checked + server.checked
+            faults, losses = faults + server.faults, losses + len(server.wrongs)
+            print(f"soak: {' '.join(mode)}: {server.settled:,} connections served", file=sys.stderr)
+            for wrong in server.wrongs[:10]:
+                print(f"  {wrong}", file=sys.stderr)
     figures = f"{served:,} connections served, {checked:,} bytes checked, {faults:,} faults injected"
     print(f"soak: {figures}, {losses:,} losses")
-    return 1 if losses else 0
+    return 1 if losses or not served else 0
 
 
 if __name__ == "__main__":
