@@ -167,6 +167,7 @@ class Screen:
             write(self.dialogue, answer.encode() + PROMPT)
 
     def answer(self) -> None:
+        """Tell a person the number of pings so far, and prompt."""
         self.ask(f"{count(self.stream.pings, 'ping')} so far\n")
 
     def notice(self, line: str) -> None:

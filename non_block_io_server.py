@@ -366,9 +366,11 @@ class Echo(Client):
     tail = b""  # what was read and not yet taken
 
     def unsent(self) -> bytes | memoryview:
+        """The rest of the echo."""
         return self.tail
 
     def update(self) -> None:
+        """While something is unsent, wait for nothing but its being taken."""
         if self.tail:
             self.listener.loop.watch(self.sock.fileno(), EPOLLOUT, self.resend)
         else:
@@ -419,6 +421,7 @@ class Heartbeat(Client):
     """Is sent one ping a beat (--every)."""
 
     def unsent(self) -> bytes | memoryview:
+        """The rest of a ping that was cut."""
         return RESTS[self.sent % len(PING)]
 
     def beat(self) -> None:
@@ -530,9 +533,11 @@ class Listener:
         self.log.write(f"stopped: {served} served, {self.tally(received, sent)}\n")
 
     def taken(self) -> str:
+        """How many seats are taken, in words."""
         return f"{len(self.clients):,} of {count(self.seats, 'seat')} taken"
 
     def tally(self, received: int, sent: int) -> str:
+        """Bytes received and units (bytes or pings) sent, in words."""
         return f"{count(received, 'byte')} received, {count(sent, self.kind.noun)} sent"
 
 
@@ -591,15 +596,18 @@ class TracedLoop(Loop):
             self.tell(room.name, event_names(*events) if events else "timer", ", ".join(done))
 
     def wait(self) -> Iterable[tuple[int, int]]:
+        """Loop.wait, told: how long it slept, how many were ready."""
         start = time.monotonic()
         ready = list(super().wait())
         self.tell("loop", "epoll_wait", f"slept {time.monotonic() - start:.3f} s, {len(ready)} ready")
         return ready
 
     def due(self) -> Iterable[Callable[[], None]]:
+        """Loop.due, whose callbacks will tell what they did."""
         return [functools.partial(self.told, callback) for callback in super().due()]
 
     def watch(self, descriptor: int, interest: int, handler: Any) -> None:
+        """Loop.watch, told, with a handler that will tell what it did."""
         if handler.__self__ is not self.log and interest != self.interests.get(descriptor, 0):
             self.tell(handler.__self__.name, "epoll_ctl", f"waits for {event_names(interest) or 'nothing'}")
         super().watch(descriptor, interest, functools.partial(self.told, handler))
