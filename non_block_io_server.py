@@ -42,6 +42,7 @@ import socket
 import stat
 import sys
 import time
+from os import read, write
 
 try:
     import resource
@@ -107,9 +108,10 @@ class Loop:
 
     def run(self) -> None:
         """Serve until `running` is false.  No handler may block."""
+        handlers = self.handlers
         while self.running:
             for descriptor, events in self.wait():
-                self.handlers[descriptor](events)
+                handlers[descriptor](events)
             for callback in self.due():
                 callback()
 
@@ -213,10 +215,10 @@ class Output:
     def put(self, data: memoryview) -> int:
         """Write some of the bytes; return how many.  Raises BlockingIOError instead of waiting."""
         if self.own >= 0:
-            return os.write(self.own, data)
+            return write(self.own, data)
         if select([], [self.descriptor], [], 0)[1]:
             size = 1 if os.isatty(self.descriptor) else PIPE_BUF  # that much does not block: pipe(7)
-            return os.write(self.descriptor, data[:size])
+            return write(self.descriptor, data[:size])
         raise BlockingIOError
 
     def write(self, text: str) -> None:
@@ -291,17 +293,17 @@ class Client:
             self.leave()
         else:
             interest = (EPOLLIN if reading else 0) | (EPOLLOUT if writing else 0)
-            self.listener.loop.watch(self.descriptor, interest, self.ready if writing else self.read)
+            self.listener.loop.watch(self.descriptor, interest, self.ready if writing else self.receive)
 
     def ready(self, events: int) -> None:
         """Read a piece, then send one: a client that sends without end still gets its pings."""
         if events & EPOLLIN:
-            self.read(events)
+            self.receive(events)
         if events & EPOLLOUT and self.sending:  # false, where the reading has ended it
             self.send(self.unsent())
             self.update()
 
-    def read(self, events: int) -> None:
+    def receive(self, events: int) -> None:
         """Take and show one piece.  What is left is reported again, after the others' turn."""
         if self.messages.size > PENDING_LIMIT:  # a message would find no place: TCP slows the client
             return self.update()
@@ -388,18 +390,18 @@ class Echo(Client):
         self.tail = data[sent:]
         return sent
 
-    def read(self, events: int) -> None:
-        """Take, send and show one piece: Client.read and send in one, with fewer calls (README: Speed)."""
+    def receive(self, events: int) -> None:
+        """Take, send and show one piece: Client.receive and send in one, with fewer calls (README: Speed)."""
         if self.messages.size > PENDING_LIMIT:
             return self.update()
         try:
-            data = os.read(self.descriptor, READ_SIZE)
+            data = read(self.descriptor, READ_SIZE)
         except OSError as error:
             return self.unreadable(error)
         if not data:
             return self.end()
         try:
-            sent = os.write(self.descriptor, data)
+            sent = write(self.descriptor, data)
         except OSError as error:
             sent = self.unsendable(error)
         self.received += len(data)
