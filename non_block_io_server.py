@@ -322,20 +322,14 @@ class Client:
         try:
             sent = self.sock.send(data)
         except OSError as error:
-            sent = self.unsendable(error)
+            sent = self.lose(error)
         self.sent += sent
         return sent
 
-    def unsendable(self, error: OSError) -> int:
-        """A send has failed: nothing was taken.  What came before a reset is still to be read."""
-        if not isinstance(error, BlockingIOError):  # that is a client that does not read
-            self.lose(error)
-        return 0
-
     def unreadable(self, error: OSError) -> None:
         """A read has failed.  Where that was a reset, all that came before it has been read by now."""
-        if not isinstance(error, BlockingIOError):  # the event was another's, whom this batch has closed
-            self.lose(error)
+        self.lose(error)
+        if not self.sending:
             self.leave()
 
     def end(self) -> None:
@@ -358,11 +352,12 @@ class Client:
                 text = text.replace("\n", "\n  ")
             self.messages.write(f"{self.header}{text}\n")
 
-    def lose(self, error: OSError) -> None:
-        """The connection is broken: remember by what."""
-        self.sending = False
-        if self.how == "left":
+    def lose(self, error: OSError) -> int:
+        """A read or a send has failed and moved 0 bytes.  Any reason but "not now" ends the connection."""
+        if self.sending and not isinstance(error, BlockingIOError):
+            self.sending = False
             self.how = "was reset" if isinstance(error, ConnectionError) else f"was lost ({error.strerror})"
+        return 0
 
     def leave(self) -> None:
         """Close, and give the seat back."""
@@ -403,12 +398,13 @@ class Echo(Client):
         try:
             sent = write(self.descriptor, data)
         except OSError as error:
-            sent = self.unsendable(error)
-        self.received += len(data)
+            sent = self.lose(error)
+        size = len(data)
+        self.received += size
         self.sent += sent
         if self.messages.open:
             self.show(data)
-        if sent != len(data):
+        if sent != size:
             self.tail = data[sent:]
             self.update()
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import struct
@@ -182,6 +183,25 @@ def test_is_idle_when_all_have_left(start: Start, leave: Callable[[socket.socket
         leave(client)
     server.err.wait_for("0 of 2 seats taken")
     server.settled()
+
+
+def test_who_was_taken_out_hears_no_more_of_the_same_batch() -> None:
+    import non_block_io_server
+
+    loop, heard = non_block_io_server.Loop(), []
+    pairs = [socket.socketpair() for _ in range(2)]
+
+    def ready(events: int) -> None:
+        heard.append(events)
+        for ours, _ in pairs:
+            loop.watch(ours.fileno(), 0, ready)
+        loop.running = False
+
+    for ours, theirs in pairs:
+        theirs.send(b"ping")
+        loop.watch(ours.fileno(), select.EPOLLIN, ready)
+    loop.run()
+    assert heard == [select.EPOLLIN]
 
 
 def test_who_does_not_read_costs_little(start: Start) -> None:
