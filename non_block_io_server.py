@@ -116,7 +116,7 @@ class Loop:
                 callback()
 
     def wait(self) -> Iterable[tuple[int, int]]:
-        """Sleep until something is ready or a timer is due; (descriptor, event mask) of the ready."""
+        """Wait until something is ready or a timer is due; (descriptor, event mask) of the ready."""
         for _ in range(GLANCES):
             ready = self.epoll.poll(0)
             if ready:
@@ -386,7 +386,7 @@ class Echo(Client):
         return sent
 
     def receive(self, events: int) -> None:
-        """Take, send and show one piece: Client.receive and send in one, with fewer calls (README: Speed)."""
+        """Client.receive, and the sending, with as few calls as can be (README: Speed)."""
         if self.messages.size > PENDING_LIMIT:
             return self.update()
         try:
