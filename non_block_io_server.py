@@ -193,7 +193,7 @@ class Output:
         self.drained: Callable[[], None] = lambda: None
         self.texts: list[str] = []
         self.unsent = memoryview(b"")
-        self.size = self.sent = 0  # characters that wait, bytes that have gone out
+        self.size = self.sent = 0  # characters since nothing waited, bytes that have gone out
         if stream:
             self.descriptor, self.encoding = stream.fileno(), stream.encoding
             self.own = self.reopened()
@@ -252,12 +252,12 @@ class Output:
             self.drained()
 
     def drain(self) -> int:
-        """Write all that waits, for as long as the reader takes some; return the characters left."""
+        """Write all that waits, for as long as the reader takes some; return the bytes left."""
         while self.size:
             self.flush()
             if self.size and not select([], [self.descriptor], [], PATIENCE)[1]:
-                break
-        return self.size
+                return len(self.unsent) + len("".join(self.texts).encode(self.encoding, "backslashreplace"))
+        return 0
 
 
 class Client:
@@ -362,8 +362,7 @@ class Client:
     def leave(self) -> None:
         """Close, and give the seat back."""
         self.ended, self.sending = True, False
-        if self.held:
-            self.show(b"", final=True)
+        self.show(b"", final=True)
         self.listener.loop.watch(self.descriptor, 0, self.ready)
         self.sock.close()
         self.listener.release(self)
@@ -513,8 +512,9 @@ class Listener:
         self.update()
 
     def stop(self) -> None:
-        """Sum up.  The kernel delivers what it was given, and no ping is to stay cut."""
+        """Sum up.  No ping is to stay cut, for the kernel goes on with what it was given."""
         for client in self.clients:
+            client.show(b"", final=True)
             client.ended = True
             if client.unsent():
                 client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
@@ -670,8 +670,9 @@ def main() -> None:
         listener = Listener(loop, options, messages, log)
         loop.run()
         listener.stop()
-        if messages is not log and messages.drain():
-            log.write(f"{messages.name} has stalled: {count(messages.size, 'character')} not written\n")
+        left = messages.drain() if messages is not log else 0
+        if left:
+            log.write(f"{messages.name} has stalled: {count(left, 'byte')} not written\n")
     except (OSError, SystemExit) as error:  # not left to Python: it would wait for a stalled stream
         log.write(f"{error}\n")
         sys.exit(1)

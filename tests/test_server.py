@@ -611,10 +611,28 @@ def test_says_that_there_are_no_descriptors() -> None:
 def test_what_it_cannot_write_at_the_end_it_says(start: Start) -> None:
     server = start(paused=True)
     writer, _ = server.seat(), server.seat()
-    fill(server, writer)
+    fill(server, writer, b"x" * len(LINES))
     server.process.send_signal(signal.SIGTERM)
-    server.err.wait_for(r"^standard output has stalled: [\d,]+ characters not written$")
-    server.ended(0)
+    text = server.ended(0)
+    figures = re.search(r"served, ([\d,]+) bytes .*\n.* stalled: ([\d,]+) bytes not written\n", text)
+    assert figures is not None, text
+    received, lost = (int(figure.replace(",", "")) for figure in figures.groups())
+    assert server.out is not None
+    server.out.going.set()
+    shown = server.out.rest()
+    header = shown[: shown.index("\n") + 1]
+    assert 0 < lost < received
+    assert (len(shown) + lost - received) % len(header + "\n") == 0, "so many messages"
+
+
+@pytest.mark.parametrize("options", [[], ["--echo"], ["--every", "9"]])
+def test_a_letter_cut_by_the_end_of_the_server_is_shown(start: Start, options: list[str]) -> None:
+    server = start("--wait-for", "1", *options)
+    server.seat().sendall(b"caf\xc3")
+    server.messages("^caf$")
+    server.stop()
+    assert server.out is not None
+    assert server.out.rest().endswith("\n\ufffd\n")
 
 
 def test_writes_everything_before_it_ends(start: Start) -> None:
