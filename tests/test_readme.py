@@ -123,6 +123,14 @@ class Terminal:
         os.close(self.descriptor)
 
 
+def has_turn(turn: socket.socket) -> bool:
+    """Whether the port is ours now, of all the suites that run on this machine."""
+    with suppress(OSError):
+        turn.bind("\0the port of the README's examples")  # abstract: gone with the socket, unix(7)
+        return True
+    return False
+
+
 def port_is_free() -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -141,7 +149,14 @@ def missing(blocks: list[Block]) -> list[str]:
 def test_what_it_shows_is_what_happens(title: str, blocks: list[Block], tmp_path: Path) -> None:
     if missing(blocks):
         pytest.skip(f"not installed: {', '.join(missing(blocks))}")
-    eventually(port_is_free, "somebody else has port 10001")
+    with socket.socket(socket.AF_UNIX) as turn:
+        eventually(lambda: has_turn(turn), "somebody else tests on port 10001")
+        eventually(port_is_free, "somebody else has port 10001")
+        replay(blocks, tmp_path)
+
+
+def replay(blocks: list[Block], tmp_path: Path) -> None:
+    """Type all blocks, each in its terminal."""
     (tmp_path / "python3").symlink_to(sys.executable)
     terminals: dict[str, Terminal] = {}
     try:
