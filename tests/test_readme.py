@@ -84,6 +84,7 @@ class Terminal:
 
     def replay(self, lines: list[str]) -> None:
         """Type what the block types; see what it shows."""
+        found = None
         for line in lines:
             found = PROMPTS.match(line)
             if found:
@@ -95,7 +96,8 @@ class Terminal:
                     continue
                 line = line.replace("^D", "")
             self.expected.append(line)
-        self.await_screen(self.expected)
+        # What shows nothing has been done when the prompt is back.
+        self.await_screen(self.expected, found[0] if found else "")
 
     def await_screen(self, expected: list[str], prompt: str = "") -> None:
         """Wait until the screen shows just that, and may be a prompt."""
