@@ -118,9 +118,9 @@ class Terminal:
 
     def close(self) -> None:
         """End whoever runs in it, and the shell."""
-        os.killpg(os.tcgetpgrp(self.descriptor), signal.SIGKILL)
-        with suppress(ProcessLookupError):
-            os.kill(self.process, signal.SIGKILL)
+        for kill, process in (os.killpg, os.tcgetpgrp(self.descriptor)), (os.kill, self.process):
+            with suppress(ProcessLookupError):  # it may have ended by itself, this moment
+                kill(process, signal.SIGKILL)
         os.waitpid(self.process, 0)
         os.close(self.descriptor)
 
