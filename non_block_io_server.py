@@ -61,7 +61,7 @@ PINGS = memoryview(PING * 65536)  # 256 KiB a send; at 4 bytes a send the calls 
 RESTS = b"", b"ing", b"ng", b"g"  # what a ping still lacks, by the letters that were sent
 
 READ_SIZE = 65536  # bytes of one read: how much of everybody's time one client may take
-PENDING_LIMIT = 1024 * 1024  # characters that may wait for a stalled output
+PENDING_LIMIT = 1024 * 1024  # characters that a stalled output takes, until all has gone out
 ACCEPTS = 16  # connections taken at a time: a burst of them must not starve the connected
 SPARE_FILES = 16  # descriptors besides the seats': standard streams, epoll, listener, signals
 GLANCES = 16  # looks before a sleep: to fall asleep and to wake up takes longer than an echo
@@ -229,13 +229,17 @@ class Output:
             self.texts.append(text)
             self.size += len(text)
 
+    def gathered(self) -> memoryview:
+        """The texts, taken as one piece of bytes."""
+        text, self.texts = "".join(self.texts), []
+        return memoryview(text.encode(self.encoding, "backslashreplace"))
+
     def flush(self, events: int = 0) -> None:
         """Write what the reader takes.  Exits where a vital output is broken."""
         try:
             while self.texts or self.unsent:
                 if not self.unsent:
-                    text, self.texts = "".join(self.texts), []
-                    self.unsent = memoryview(text.encode(self.encoding, "backslashreplace"))
+                    self.unsent = self.gathered()
                 written = self.put(self.unsent)
                 self.sent += written
                 self.unsent = self.unsent[written:]
@@ -256,7 +260,7 @@ class Output:
         while self.size:
             self.flush()
             if self.size and not select([], [self.descriptor], [], PATIENCE)[1]:
-                return len(self.unsent) + len("".join(self.texts).encode(self.encoding, "backslashreplace"))
+                return len(self.unsent) + len(self.gathered())
         return 0
 
 

@@ -385,8 +385,6 @@ def test_goes_on_after_being_suspended(start: Start) -> None:
 
 
 NUMBERS = b"".join(b"%063d\n" % number for number in range(1 << 18))
-
-
 LINES = (b"x" * 63 + b"\n") * (1 << 18)
 
 
