@@ -28,28 +28,36 @@ QUIET = 1.0  # seconds in which there is something to read for a client that is 
 KEPT = 32 << 20  # bytes: more than the kernel keeps for a client when its server has died
 PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client gets
 
-# The lecture's script; {port} stands for the port.  It hears Ctrl-C even in a background job, and the
-# kernel ends it after 10 s of processor time, should it outlive us.  -u: its prints come at once.
+# The lecture's script: {port} replaces its port, and one more line reports the port.  It obeys Ctrl-C even
+# in a background job, and the kernel ends it after 10 s of processor time if it outlives us.
 SETUP = "signal(SIGINT, default_int_handler); setrlimit(RLIMIT_CPU, (10, 10))"
-SCRIPT = (HERE / "benchmark_lecture.py").read_text(encoding="utf-8").replace('("", 0)', '("", {port})')
+REPORT = 'import sys; print("listening on 127.0.0.1:%d" % sock.getsockname()[1], file=sys.stderr)'
+SCRIPT = (HERE / "lecture.py").read_text(encoding="utf-8").replace("10001", "{port}")
+SCRIPT = SCRIPT.replace("sock.listen()\n", f"sock.listen()\n{REPORT}\n")
 SCRIPT = f"from resource import *; from signal import *; {SETUP}; exec({SCRIPT!a})"
 SERVERS = {
-    "the lecture's script": ["-u", "-c", SCRIPT],
+    "the lecture's script": ["-u", "-c", SCRIPT],  # -u: its prints are not buffered
     "this server": [str(HERE.parent / "non_block_io_server.py"), "--port", "{port}"],
 }
+
+
+def command(name: str, port: int = 0) -> list[str]:
+    """Return the command that starts one of SERVERS on the port."""
+    return [sys.executable, "-X", "utf8", *(word.replace("{port}", str(port)) for word in SERVERS[name])]
 
 
 class Server:
     """A server in a process of its own.  It ends with the stack, and its clients do."""
 
-    def __init__(self, stack: ExitStack, command: list[str], port: int = 0, piped: bool = False) -> None:
+    def __init__(self, stack: ExitStack, name: str, port: int = 0, piped: bool = False) -> None:
         self.stack = stack
         self.out, self.err = os.memfd_create("out"), os.memfd_create("err")  # what it prints, in memory
         stack.callback(os.close, self.out)
         stack.callback(os.close, self.err)
-        command = [sys.executable, "-X", "utf8", *(word.replace("{port}", str(port)) for word in command)]
         stdout = subprocess.PIPE if piped else self.out
-        self.process = stack.enter_context(subprocess.Popen(command, stdout=stdout, stderr=self.err))
+        self.process = stack.enter_context(
+            subprocess.Popen(command(name, port), stdout=stdout, stderr=self.err)
+        )
         stack.callback(self.process.kill)
         self.until(lambda: "listening on" in text(self.err))
         self.port = int((re.findall(r"listening on \S+:(\d+)", text(self.err)) or [0])[0])  # 0: it has ended
@@ -225,12 +233,12 @@ FAULTS = {fault.__name__.rstrip("_"): fault for fault in ALL}
 def observe(name: str) -> list[Seen]:
     """Let the fault happen to each of SERVERS."""
 
-    def run(command: list[str]) -> Seen:
+    def run(server: str) -> Seen:
         with ExitStack() as stack:
-            return FAULTS[name](lambda **options: Server(stack, command, **options))
+            return FAULTS[name](lambda **options: Server(stack, server, **options))
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(run, SERVERS.values()))
+        return list(pool.map(run, SERVERS))
 
 
 def main() -> None:

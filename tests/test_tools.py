@@ -27,7 +27,7 @@ def test_soaks() -> None:
 
 
 def test_measures(tmp_path: Path) -> None:
-    result = run("tests/benchmark.py", "--quick", "--json", str(tmp_path / "figures"))
+    result = run("tests/benchmark", "--quick", "--json", str(tmp_path / "figures"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "| this server" in result.stdout
     assert json.loads((tmp_path / "figures").read_text())

@@ -1,7 +1,7 @@
-"""The load of benchmark.c in Python, where there is no compiler: same words, same output, but slower.
+"""The load of load.c in Python, where there is no compiler: same words, same output, but slower.
 
-benchmark_load.py echo PID PORT SECONDS CLIENTS
-benchmark_load.py pings PID PORT SECONDS
+load.py echo PID PORT SECONDS CLIENTS
+load.py pings PID PORT SECONDS
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The echo servers that the benchmark sets beside ours, each in its library's plain way.
 
-benchmark_peers.py NAME          an echo server on a free port of 127.0.0.1, told on standard error
-benchmark_peers.py --versions    the versions of the libraries that Python does not bring
+peers.py NAME          an echo server on a free port of 127.0.0.1, told on standard error
+peers.py --versions    the versions of the libraries that Python does not bring
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-/* The benchmark's yardstick and its load.  benchmark.py compiles this file and runs it as
+/* The benchmark's yardstick and its load.  The benchmark compiles this file and runs it as
 
-     benchmark server                           an echo server: epoll_wait, recv, send, no more
-     benchmark echo PID PORT SECONDS CLIENTS    clients that send 64 bytes, wait for them, send the next
-     benchmark pings PID PORT SECONDS           two clients that read pings as fast as they can
+     load server                           an echo server: epoll_wait, recv, send, no more
+     load echo PID PORT SECONDS CLIENTS    clients that send 64 bytes, wait for them, send the next
+     load pings PID PORT SECONDS           two clients that read pings as fast as they can
 
    PID is the server's, whose processor time is read from the kernel.  Each load warms up, measures
    for SECONDS, and prints a line of JSON; all times are in seconds.  Every byte that comes is checked:

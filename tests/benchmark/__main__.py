@@ -1,6 +1,6 @@
 """The server beside others, on the same load: what an echo costs, how many pings come, how it grows.
 
-    python3 tests/benchmark.py [--peers] [--quick] [--json FILE]
+    python3 tests/benchmark [--peers] [--quick] [--json FILE]
 
 The server has one core, the load another.  Every figure is the median of several rounds, in each of
 which everyone has a turn; ratios are formed within a round, so that a machine that slows down does not
@@ -37,10 +37,15 @@ if TYPE_CHECKING:
     Samples = dict[str, Rounds]  # by who was measured
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+TESTS = os.path.dirname(HERE)
+ROOT = os.path.dirname(TESTS)
+sys.path.insert(0, TESTS)
+import faults  # noqa: E402
+
 PYTHON = sys.executable
-SERVER = [PYTHON, os.path.join(os.path.dirname(HERE), "non_block_io_server.py"), "--port", "0"]
-CLIENT = [PYTHON, os.path.join(os.path.dirname(HERE), "client.py"), "--port"]
-PEERS = os.path.join(HERE, "benchmark_peers.py")
+SERVER = [PYTHON, os.path.join(ROOT, "non_block_io_server.py"), "--port", "0"]
+CLIENT = [PYTHON, os.path.join(ROOT, "client.py"), "--port"]
+PEERS = os.path.join(HERE, "peers.py")
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 
@@ -196,17 +201,17 @@ class Bench:
 
     def find_compiler(self) -> None:
         """The load, and with a compiler the C loop."""
-        program = os.path.join(self.folder, "benchmark")
+        program = os.path.join(self.folder, "load")
         compiler = shutil.which("cc") or shutil.which("gcc")
         if compiler:
-            source = os.path.join(HERE, "benchmark.c")
+            source = os.path.join(HERE, "load.c")
             subprocess.run([compiler, "-O2", "-o", program, source], check=False, stdout=sys.stderr)
             self.machine["compiler"] = output(compiler, "--version").partition("\n")[0]
         if os.path.exists(program):
             self.machine["load"], self.load = "C", [program]
             self.servers["C, epoll"] = [program, "server"]
         else:
-            self.machine["load"], self.load = "Python", [PYTHON, os.path.join(HERE, "benchmark_load.py")]
+            self.machine["load"], self.load = "Python", [PYTHON, os.path.join(HERE, "load.py")]
             self.missing.append("the C loop: no compiler; the load, in Python, is slower than some servers")
 
     def find_peers(self) -> None:
@@ -304,7 +309,7 @@ class Bench:
 
     def measure_pings(self) -> None:
         """How many pings come, and how equal the two clients' shares are."""
-        commands = {OURS: SERVER, LECTURE: [PYTHON, os.path.join(HERE, "benchmark_lecture.py")]}
+        commands = {OURS: SERVER, LECTURE: faults.command(LECTURE)}
         samples: Samples = {}
         for title, names in self.turns([*commands, "iperf3"] if self.machine["iperf3"] else list(commands)):
             for name in names:

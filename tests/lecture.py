@@ -1,16 +1,9 @@
-# mypy: ignore-errors
-# ruff: noqa
-# The lecture's script as it stands, but for the two marked lines: a benchmark lets the kernel choose
-# the port, and has to be told which.
-
 import socket
 import select
-import sys  # for the two
 
 sock = socket.socket()
-sock.bind(("", 0))  # was 10001
+sock.bind(("", 10001))
 sock.listen()
-print(f"listening on 127.0.0.1:{sock.getsockname()[1]}", file=sys.stderr)  # was not there
 
 # Как обрабатывать запросы для conn1 и conn2,
 # избегая блокировки выполнения потоков и 
