@@ -45,7 +45,6 @@ import stat
 import struct
 import sys
 import time
-import unicodedata
 from contextlib import suppress
 from os import read, write
 
@@ -213,7 +212,7 @@ class Client:
         self.sock, self.descriptor = sock, sock.fileno()
         self.formatter = MessageFormatter(f"{MESSAGE_TITLE} ({name}, {address})\n")
         self.received = self.sent = 0  # bytes
-        self.beats = server.beats  # the beats that this client has seen
+        self.beats_seen = server.beats
         self.at_eof = False  # the client has sent its end of file: it closed or half-closed
         self.reason = "left"
 
@@ -252,8 +251,8 @@ class Client:
 
     def has_new_beat(self) -> bool:
         """Return whether a beat has passed since the last call."""
-        before, self.beats = self.beats, self.server.beats
-        return before != self.beats
+        before, self.beats_seen = self.beats_seen, self.server.beats
+        return before != self.beats_seen
 
     def has_sent(self) -> bool:
         """Return whether a byte has arrived, and leave it unread.  An end of file sets at_eof."""
@@ -297,26 +296,26 @@ class MessageFormatter:
         return f"{self.header}{indent}{text}\n"
 
 
-UNUSUAL = re.compile(r"[^\w !-~]")  # neither a letter, a digit nor printable ASCII
+# Any character that is neither a letter or digit of some script, printable ASCII, a tab nor a space.
+UNUSUAL = re.compile("[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
 
 
 def escape(line: str) -> str:
     r"""Escape what could harm a terminal or mislead a reader: `\x1b`, `\u202e`, `\U000e0041`.
 
     These are the controls but tab, the separators of lines and paragraphs, and all format,
-    surrogate, private-use and unassigned characters.  U+200C and U+200D pass between visible
-    characters: they form Persian words and emoji families.
+    surrogate, private-use and unassigned characters.  A joiner between two visible characters
+    passes.
     """
 
     def is_visible(character: str) -> bool:
-        return character != "" and unicodedata.category(character)[0] not in "CZ"
+        return character.isprintable() and character.strip() != ""
 
     def escaped(found: re.Match[str]) -> str:
-        character, code = found[0], ord(found[0])
-        if is_visible(character) or unicodedata.category(character) == "Zs" or character == "\t":
-            return character
-        before, after = line[found.start() - 1 : found.start()], line[found.end() : found.end() + 1]
-        if character in "\u200c\u200d" and is_visible(before) and is_visible(after):
+        character, code, at = found[0], ord(found[0]), found.start()
+        joins = character in JOINERS and is_visible(line[at - 1 : at]) and is_visible(line[at + 1 : at + 2])
+        if joins or character.isprintable():
             return character
         return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
@@ -654,11 +653,6 @@ class Output:
         """The output's task: write what is queued, as fast as it is read."""
         reported = 0  # dropped lines
         while True:
-            try:
-                yield EPOLLOUT if self.queue else 0
-            except OSError:  # epoll cannot watch it now: try again later
-                self.loop.timers[self.descriptor] = time.monotonic() + RETRY_DELAY
-                yield 0
             self.flush()
             if self.failure and self.name == "standard output":
                 raise CannotContinue(f"{self.name} {self.failure}")
@@ -669,6 +663,11 @@ class Output:
                     self.write_line(f"{dropped} dropped: {self.name} was full")
                     reported = self.dropped
                 self.loop.wake(self.loop.tasks)  # the clients can be read again
+            try:
+                yield EPOLLOUT if self.queue else 0
+            except OSError:  # epoll cannot watch it now: try again later
+                self.loop.timers[self.descriptor] = time.monotonic() + RETRY_DELAY
+                yield 0
 
     def flush(self) -> None:
         """Write as much as does not block."""
