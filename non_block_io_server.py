@@ -117,10 +117,40 @@ class Loop:
     def run(self) -> None:
         """Resume tasks until `running` is false."""
         while self.running:
-            for descriptor, events in self.wait():
-                self.resume(descriptor, events)
-            for descriptor in self.due():
-                self.resume(descriptor, 0)
+            self.resume(self.wait())
+            self.resume(self.due())
+
+    def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
+        """Run tasks to their next yield, and tell epoll their new interest.
+
+        `batch` holds pairs of a descriptor and its events.  If an earlier event of the same batch
+        has ended a task, it ends again: that does no harm.
+        """
+        tasks, interests = self.tasks, self.interests
+        for descriptor, events in batch:
+            try:
+                interest = tasks[descriptor].send(events)
+                if interest != interests[descriptor]:
+                    self.set_interest(descriptor, interest)
+            except StopIteration:
+                self.forget(descriptor)
+
+    def set_interest(self, descriptor: int, interest: int) -> None:
+        """Tell epoll what a task waits for.
+
+        If epoll_ctl(2) fails (no memory, too many watches), the task gets the error at its yield.
+        """
+        before = self.interests[descriptor]
+        try:
+            if before and interest:
+                self.epoll.modify(descriptor, interest)
+            elif interest:
+                self.epoll.register(descriptor, interest)
+            elif before:  # with an interest of 0, epoll would report EPOLLHUP and EPOLLERR endlessly
+                self.epoll.unregister(descriptor)
+            self.interests[descriptor] = interest
+        except OSError as error:
+            self.set_interest(descriptor, self.tasks[descriptor].throw(error))
 
     def wait(self) -> Iterable[tuple[int, int]]:
         """Wait until a descriptor is ready or a timer is due; return (descriptor, events) pairs."""
@@ -135,13 +165,13 @@ class Loop:
                 os.sched_yield()  # to a process that waits for this processor
         return self.epoll.poll(timeout)
 
-    def due(self) -> Iterable[int]:
-        """Return the descriptors whose timer is due, and forget these timers."""
+    def due(self) -> Iterable[tuple[int, int]]:
+        """Return the descriptors whose timer is due, with no events, and forget these timers."""
         now = time.monotonic() if self.timers else 0.0
         due = [descriptor for descriptor, when in self.timers.items() if when <= now]
         for descriptor in due:
             del self.timers[descriptor]
-        return due
+        return [(descriptor, 0) for descriptor in due]
 
     def wake(self, descriptors: Iterable[int]) -> None:
         """Resume tasks without events after this batch: their interest may have changed.
@@ -153,43 +183,14 @@ class Loop:
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
         """Run a new task to its first yield.  --trace shows the name, and changes of `counted`."""
         self.tasks[descriptor], self.interests[descriptor] = task, 0
-        self.resume(descriptor, None)
-
-    def resume(self, descriptor: int, events: int | None) -> None:
-        """Run a task to its next yield, and tell epoll its new interest.
-
-        If epoll_ctl(2) fails (no memory, too many watches), the task gets the error at its yield.
-        """
-        task = self.tasks.get(descriptor)
-        if task is None:  # an earlier event of the same batch has ended it
-            return
-        try:
-            interest = task.send(events)
-            while interest != self.interests[descriptor]:
-                try:
-                    self.set_interest(descriptor, interest)
-                except OSError as error:
-                    interest = task.throw(error)
-        except StopIteration:
-            self.forget(descriptor)
-
-    def set_interest(self, descriptor: int, interest: int) -> None:
-        """Tell epoll what a task waits for.  If this raises OSError, it has changed nothing."""
-        before = self.interests[descriptor]
-        if not before:
-            self.epoll.register(descriptor, interest)
-        elif interest:
-            self.epoll.modify(descriptor, interest)
-        else:  # an interest of 0 leaves the set, where epoll would report EPOLLHUP and EPOLLERR endlessly
-            self.epoll.unregister(descriptor)
-        self.interests[descriptor] = interest
+        self.resume([(descriptor, None)])
 
     def forget(self, descriptor: int) -> None:
-        """Drop a task that ends.  It calls this itself before it closes its descriptor."""
-        if self.interests.pop(descriptor, 0):
-            with suppress(OSError):
+        """Take a task that ends out of the set.  It calls this itself before it closes its descriptor."""
+        with suppress(OSError):
+            if self.interests[descriptor]:
                 self.epoll.unregister(descriptor)
-        self.tasks.pop(descriptor, None)
+        self.interests[descriptor] = 0
         self.timers.pop(descriptor, None)
 
 
@@ -362,22 +363,21 @@ def echo(client: Client) -> Task:
     descriptor, messages = client.descriptor, client.messages
     while True:
         yield 0 if messages.full else EPOLLIN
+        size = sent = 0
         try:
             data = read(descriptor, READ_SIZE)
-        except BlockingIOError:
-            continue
-        if not data:
-            client.at_eof = True
-            return
-        client.received += len(data)
-        if messages.open:
-            client.show(data)
-        try:
+            size = len(data)
+            if not size:
+                client.at_eof = True
+                return
+            client.received += size
+            if messages.open:
+                client.show(data)
             sent = write(descriptor, data)
         except BlockingIOError:
-            sent = 0
+            pass
         client.sent += sent
-        while sent < len(data):
+        while sent < size:
             yield EPOLLOUT
             sent += client.send(data[sent:])
 
@@ -446,8 +446,7 @@ class Server:
         if self.serving:
             self.served += 1
         elif len(self.clients) >= self.wait_for:
-            for descriptor in list(self.clients):  # a copy, because a client that has ended leaves it
-                self.loop.resume(descriptor, 0)
+            self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # has one of them ended?
             if len(self.clients) >= self.wait_for:
                 self.begin()
 
@@ -528,7 +527,7 @@ class Server:
                     before = client.received + client.sent
                     if self.messages.full:
                         self.messages.drain()
-                    self.loop.resume(client.descriptor, EPOLLIN)
+                    self.loop.resume([(client.descriptor, EPOLLIN)])
                 while client.received < arrived:  # an echo that its client does not take is printed, at least
                     if self.messages.full:
                         self.messages.drain()
@@ -783,16 +782,22 @@ class TracedLoop(Loop):
         self.names[descriptor], self.counted[descriptor] = name, counted
         super().start(name, descriptor, task, counted)
 
-    def resume(self, descriptor: int, events: int | None) -> None:
-        """Loop.resume, traced: which task and why, then what it has done."""
-        name, counted, log = self.names[descriptor], self.counted[descriptor], self.log
-        if events is None or log is None or descriptor not in self.tasks or name.startswith("standard "):
-            return super().resume(descriptor, events)
-        depth, self.depth = self.depth, 0 if name == "beat" else 1
+    def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
+        """Loop.resume, traced."""
+        for descriptor, events in batch:
+            if events is None or self.log is None or self.names[descriptor].startswith("standard "):
+                super().resume([(descriptor, events)])
+            else:
+                self.resume_one(descriptor, events, self.log)
+
+    def resume_one(self, descriptor: int, events: int, log: Output) -> None:
+        """Log which task is resumed and why, resume it, and log what it has done."""
+        name, counted, depth = self.names[descriptor], self.counted[descriptor], self.depth
+        self.depth = 0 if name == "beat" else 1
         self.trace(f"{name}: {event_names(events) or 'resumed'}")
         self.depth += 1
         place, before = len(log.queue), [getattr(counted, attribute, None) for attribute in EFFECTS]
-        super().resume(descriptor, events)
+        super().resume([(descriptor, events)])
         after = [getattr(counted, attribute, None) for attribute in EFFECTS]
         effects = [text(old, new) for text, old, new in zip(EFFECTS.values(), before, after) if old != new]
         if effects:
