@@ -520,6 +520,7 @@ class Server:
         The kernel sends each client its end of file when the server exits.
         """
         self.serving = True
+        self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # a client that waited is served
         for client in list(self.clients.values()):  # a copy, because a client that ends leaves it
             with suppress(OSError):
                 arrived, before = client.received + client.unread(), -1
