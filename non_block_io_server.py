@@ -74,6 +74,7 @@ OUTPUT_LIMIT = 1024 * 1024  # bytes queued for an output until it counts as full
 SPARE_FILES = 16  # descriptors that belong to no client: outputs, epoll, listener, signal pipe, pings
 RETRY_DELAY = 1.0  # seconds until a call is tried again that lacked a resource
 FLUSH_TIMEOUT = 1.0  # seconds to wait for a stalled output at shutdown
+FINISH_TIMEOUT = 0.2  # seconds in which a client that goes on sending is read at shutdown
 SIGNAL_TIMEOUT = 0.1  # seconds to wait for a stop signal when standard output breaks
 MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) takes no timeout of more than 24 days
 NO_DESCRIPTOR = -1  # the beat's: it waits for time only
@@ -213,6 +214,7 @@ class Client:
         self.sock, self.descriptor = sock, sock.fileno()
         self.formatter = MessageFormatter(f"{MESSAGE_TITLE} ({name}, {address})\n")
         self.received = self.sent = 0  # bytes
+        self.unsent = b""  # for a protocol that sends later: see interest, flush()
         self.beats_seen = server.beats
         self.at_eof = False  # the client has sent its end of file: it closed or half-closed
         self.reason = "left"
@@ -221,6 +223,11 @@ class Client:
     def reading(self) -> int:
         """The interest in reading: EPOLLIN, or 0 at the end of file or while standard output is full."""
         return 0 if self.at_eof or self.messages.full else EPOLLIN
+
+    @property
+    def interest(self) -> int:
+        """The interest in reading, and in writing while anything is unsent."""
+        return self.reading | (EPOLLOUT if self.unsent else 0)
 
     def receive(self) -> bytes:
         """Read and print one chunk, at most READ_SIZE bytes; epoll reports the rest again.
@@ -245,6 +252,11 @@ class Client:
             return 0
         self.sent += sent
         return sent
+
+    def flush(self) -> None:
+        """Send of `unsent` what the client takes now.  Raises OSError."""
+        if self.unsent:
+            self.unsent = self.unsent[self.send(self.unsent) :]
 
     def show(self, data: bytes, final: bool = False) -> None:
         """Print bytes as a message; `final` means that no more bytes follow."""
@@ -384,15 +396,13 @@ def echo(client: Client) -> Task:
 
 def heartbeat(client: Client) -> Task:
     """Send one ping per beat.  Skip beats while a ping is unsent, so that unsent data stays bounded."""
-    unsent = b""
-    while unsent or not client.at_eof:
-        events = yield client.reading | (EPOLLOUT if unsent else 0)
+    while client.unsent or not client.at_eof:
+        events = yield client.interest
         if events & EPOLLIN:
             client.receive()
-        if client.has_new_beat() and not unsent and not client.at_eof:
-            unsent = PING
-        if unsent:
-            unsent = unsent[client.send(unsent) :]
+        if client.has_new_beat() and not client.unsent and not client.at_eof:
+            client.unsent = PING
+        client.flush()
 
 
 # -------------------------------------------------------------------- the server
@@ -515,28 +525,33 @@ class Server:
         self.loop.wake([self.listener.fileno()])
 
     def finish(self) -> None:
-        """Serve what has arrived, up to now: a client that sends endlessly does not delay this.
-
-        The kernel sends each client its end of file when the server exits.
-        """
+        """Serve what has arrived.  The kernel sends each client its end of file when the server exits."""
         self.serving = True
         self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # a client that waited is served
+        deadline = time.monotonic() + FINISH_TIMEOUT
         for client in list(self.clients.values()):  # a copy, because a client that ends leaves it
             with suppress(OSError):
-                arrived, before = client.received + client.unread(), -1
-                while before < client.received + client.sent and client.received < arrived:
-                    before = client.received + client.sent
-                    if self.messages.full:
-                        self.messages.drain()
-                    self.loop.resume([(client.descriptor, EPOLLIN)])
-                while client.received < arrived:  # an echo that its client does not take is printed, at least
-                    if self.messages.full:
-                        self.messages.drain()
-                    client.receive()
-                if client.sent % self.unit_size:  # complete a ping that a partial send has cut
-                    client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
-                    client.send(PING[client.sent % self.unit_size :])
-                client.show(b"", final=True)
+                self.finish_client(client, deadline)
+
+    def finish_client(self, client: Client, deadline: float) -> None:
+        """Read what has arrived up to now, and what follows before the deadline; complete a cut ping."""
+        arrived, progress = client.received + client.unread(), True
+        while client.received < arrived or time.monotonic() < deadline:
+            if self.messages.full:
+                self.messages.drain()
+            before = client.received + client.sent
+            if progress:
+                self.loop.resume([(client.descriptor, EPOLLIN)])
+                progress = client.received + client.sent > before
+                if client.descriptor not in self.clients:
+                    return
+            elif not client.receive():  # the protocol reads no more, such as an echo that is not taken
+                break
+        client.show(b"", final=True)
+        cut = client.sent % self.unit_size
+        if cut:
+            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
+            client.send(PING[cut:])
 
     def summary(self) -> str:
         """Return the last line of the log."""
