@@ -74,6 +74,7 @@ OUTPUT_LIMIT = 1024 * 1024  # bytes queued for an output until it counts as full
 SPARE_FILES = 16  # descriptors that belong to no client: outputs, epoll, listener, signal pipe, pings
 RETRY_DELAY = 1.0  # seconds until a call is tried again that lacked a resource
 FLUSH_TIMEOUT = 1.0  # seconds to wait for a stalled output at shutdown
+FINISH_TIMEOUT = 0.2  # seconds in which a client that goes on sending is read at shutdown
 SIGNAL_TIMEOUT = 0.1  # seconds to wait for a stop signal when standard output breaks
 MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) takes no timeout of more than 24 days
 NO_DESCRIPTOR = -1  # the beat's: it waits for time only
@@ -117,10 +118,40 @@ class Loop:
     def run(self) -> None:
         """Resume tasks until `running` is false."""
         while self.running:
-            for descriptor, events in self.wait():
-                self.resume(descriptor, events)
-            for descriptor in self.due():
-                self.resume(descriptor, 0)
+            self.resume(self.wait())
+            self.resume(self.due())
+
+    def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
+        """Run tasks to their next yield, and tell epoll their new interest.
+
+        `batch` holds pairs of a descriptor and its events.  If an earlier event of the same batch
+        has ended a task, it ends again: that does no harm.
+        """
+        tasks, interests = self.tasks, self.interests
+        for descriptor, events in batch:
+            try:
+                interest = tasks[descriptor].send(events)
+                if interest != interests[descriptor]:
+                    self.set_interest(descriptor, interest)
+            except StopIteration:
+                self.forget(descriptor)
+
+    def set_interest(self, descriptor: int, interest: int) -> None:
+        """Tell epoll what a task waits for.
+
+        If epoll_ctl(2) fails (no memory, too many watches), the task gets the error at its yield.
+        """
+        before = self.interests[descriptor]
+        try:
+            if before and interest:
+                self.epoll.modify(descriptor, interest)
+            elif interest:
+                self.epoll.register(descriptor, interest)
+            elif before:  # with an interest of 0, epoll would report EPOLLHUP and EPOLLERR endlessly
+                self.epoll.unregister(descriptor)
+            self.interests[descriptor] = interest
+        except OSError as error:
+            self.set_interest(descriptor, self.tasks[descriptor].throw(error))
 
     def wait(self) -> Iterable[tuple[int, int]]:
         """Wait until a descriptor is ready or a timer is due; return (descriptor, events) pairs."""
@@ -135,13 +166,13 @@ class Loop:
                 os.sched_yield()  # to a process that waits for this processor
         return self.epoll.poll(timeout)
 
-    def due(self) -> Iterable[int]:
-        """Return the descriptors whose timer is due, and forget these timers."""
+    def due(self) -> Iterable[tuple[int, int]]:
+        """Return the descriptors whose timer is due, with no events, and forget these timers."""
         now = time.monotonic() if self.timers else 0.0
         due = [descriptor for descriptor, when in self.timers.items() if when <= now]
         for descriptor in due:
             del self.timers[descriptor]
-        return due
+        return [(descriptor, 0) for descriptor in due]
 
     def wake(self, descriptors: Iterable[int]) -> None:
         """Resume tasks without events after this batch: their interest may have changed.
@@ -153,43 +184,14 @@ class Loop:
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
         """Run a new task to its first yield.  --trace shows the name, and changes of `counted`."""
         self.tasks[descriptor], self.interests[descriptor] = task, 0
-        self.resume(descriptor, None)
-
-    def resume(self, descriptor: int, events: int | None) -> None:
-        """Run a task to its next yield, and tell epoll its new interest.
-
-        If epoll_ctl(2) fails (no memory, too many watches), the task gets the error at its yield.
-        """
-        task = self.tasks.get(descriptor)
-        if task is None:  # an earlier event of the same batch has ended it
-            return
-        try:
-            interest = task.send(events)
-            while interest != self.interests[descriptor]:
-                try:
-                    self.set_interest(descriptor, interest)
-                except OSError as error:
-                    interest = task.throw(error)
-        except StopIteration:
-            self.forget(descriptor)
-
-    def set_interest(self, descriptor: int, interest: int) -> None:
-        """Tell epoll what a task waits for.  If this raises OSError, it has changed nothing."""
-        before = self.interests[descriptor]
-        if not before:
-            self.epoll.register(descriptor, interest)
-        elif interest:
-            self.epoll.modify(descriptor, interest)
-        else:  # an interest of 0 leaves the set, where epoll would report EPOLLHUP and EPOLLERR endlessly
-            self.epoll.unregister(descriptor)
-        self.interests[descriptor] = interest
+        self.resume([(descriptor, None)])
 
     def forget(self, descriptor: int) -> None:
-        """Drop a task that ends.  It calls this itself before it closes its descriptor."""
-        if self.interests.pop(descriptor, 0):
-            with suppress(OSError):
+        """Take a task that ends out of the set.  It calls this itself before it closes its descriptor."""
+        with suppress(OSError):
+            if self.interests[descriptor]:
                 self.epoll.unregister(descriptor)
-        self.tasks.pop(descriptor, None)
+        self.interests[descriptor] = 0
         self.timers.pop(descriptor, None)
 
 
@@ -212,6 +214,7 @@ class Client:
         self.sock, self.descriptor = sock, sock.fileno()
         self.formatter = MessageFormatter(f"{MESSAGE_TITLE} ({name}, {address})\n")
         self.received = self.sent = 0  # bytes
+        self.unsent = b""  # for a protocol that sends later: see interest, flush()
         self.beats_seen = server.beats
         self.at_eof = False  # the client has sent its end of file: it closed or half-closed
         self.reason = "left"
@@ -220,6 +223,11 @@ class Client:
     def reading(self) -> int:
         """The interest in reading: EPOLLIN, or 0 at the end of file or while standard output is full."""
         return 0 if self.at_eof or self.messages.full else EPOLLIN
+
+    @property
+    def interest(self) -> int:
+        """The interest in reading, and in writing while anything is unsent."""
+        return self.reading | (EPOLLOUT if self.unsent else 0)
 
     def receive(self) -> bytes:
         """Read and print one chunk, at most READ_SIZE bytes; epoll reports the rest again.
@@ -244,6 +252,11 @@ class Client:
             return 0
         self.sent += sent
         return sent
+
+    def flush(self) -> None:
+        """Send of `unsent` what the client takes now.  Raises OSError."""
+        if self.unsent:
+            self.unsent = self.unsent[self.send(self.unsent) :]
 
     def show(self, data: bytes, final: bool = False) -> None:
         """Print bytes as a message; `final` means that no more bytes follow."""
@@ -362,37 +375,34 @@ def echo(client: Client) -> Task:
     descriptor, messages = client.descriptor, client.messages
     while True:
         yield 0 if messages.full else EPOLLIN
+        size = sent = 0
         try:
             data = read(descriptor, READ_SIZE)
-        except BlockingIOError:
-            continue
-        if not data:
-            client.at_eof = True
-            return
-        client.received += len(data)
-        if messages.open:
-            client.show(data)
-        try:
+            size = len(data)
+            if not size:
+                client.at_eof = True
+                return
+            client.received += size
+            if messages.open:
+                client.show(data)
             sent = write(descriptor, data)
         except BlockingIOError:
-            sent = 0
+            pass
         client.sent += sent
-        while sent < len(data):
+        while sent < size:
             yield EPOLLOUT
             sent += client.send(data[sent:])
 
 
 def heartbeat(client: Client) -> Task:
     """Send one ping per beat.  Skip beats while a ping is unsent, so that unsent data stays bounded."""
-    unsent = b""
-    while unsent or not client.at_eof:
-        events = yield client.reading | (EPOLLOUT if unsent else 0)
+    while client.unsent or not client.at_eof:
+        events = yield client.interest
         if events & EPOLLIN:
             client.receive()
-        if client.has_new_beat() and not unsent and not client.at_eof:
-            unsent = PING
-        if unsent:
-            unsent = unsent[client.send(unsent) :]
+        if client.has_new_beat() and not client.unsent and not client.at_eof:
+            client.unsent = PING
+        client.flush()
 
 
 # -------------------------------------------------------------------- the server
@@ -446,8 +456,7 @@ class Server:
         if self.serving:
             self.served += 1
         elif len(self.clients) >= self.wait_for:
-            for descriptor in list(self.clients):  # a copy, because a client that has ended leaves it
-                self.loop.resume(descriptor, 0)
+            self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # has one of them ended?
             if len(self.clients) >= self.wait_for:
                 self.begin()
 
@@ -516,27 +525,33 @@ class Server:
         self.loop.wake([self.listener.fileno()])
 
     def finish(self) -> None:
-        """Serve what has arrived, up to now: a client that sends endlessly does not delay this.
-
-        The kernel sends each client its end of file when the server exits.
-        """
+        """Serve what has arrived.  The kernel sends each client its end of file when the server exits."""
         self.serving = True
+        self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # a client that waited is served
+        deadline = time.monotonic() + FINISH_TIMEOUT
         for client in list(self.clients.values()):  # a copy, because a client that ends leaves it
             with suppress(OSError):
-                arrived, before = client.received + client.unread(), -1
-                while before < client.received + client.sent and client.received < arrived:
-                    before = client.received + client.sent
-                    if self.messages.full:
-                        self.messages.drain()
-                    self.loop.resume(client.descriptor, EPOLLIN)
-                while client.received < arrived:  # an echo that its client does not take is printed, at least
-                    if self.messages.full:
-                        self.messages.drain()
-                    client.receive()
-                if client.sent % self.unit_size:  # complete a ping that a partial send has cut
-                    client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
-                    client.send(PING[client.sent % self.unit_size :])
-                client.show(b"", final=True)
+                self.finish_client(client, deadline)
+
+    def finish_client(self, client: Client, deadline: float) -> None:
+        """Read what has arrived up to now, and what follows before the deadline; complete a cut ping."""
+        arrived, progress = client.received + client.unread(), True
+        while client.received < arrived or time.monotonic() < deadline:
+            if self.messages.full:
+                self.messages.drain()
+            before = client.received + client.sent
+            if progress:
+                self.loop.resume([(client.descriptor, EPOLLIN)])
+                progress = client.received + client.sent > before
+                if client.descriptor not in self.clients:
+                    return
+            elif not client.receive():  # the protocol reads no more, such as an echo that is not taken
+                break
+        client.show(b"", final=True)
+        cut = client.sent % self.unit_size
+        if cut:
+            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
+            client.send(PING[cut:])
 
     def summary(self) -> str:
         """Return the last line of the log."""
@@ -783,16 +798,22 @@ class TracedLoop(Loop):
         self.names[descriptor], self.counted[descriptor] = name, counted
         super().start(name, descriptor, task, counted)
 
-    def resume(self, descriptor: int, events: int | None) -> None:
-        """Loop.resume, traced: which task and why, then what it has done."""
-        name, counted, log = self.names[descriptor], self.counted[descriptor], self.log
-        if events is None or log is None or descriptor not in self.tasks or name.startswith("standard "):
-            return super().resume(descriptor, events)
-        depth, self.depth = self.depth, 0 if name == "beat" else 1
+    def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
+        """Loop.resume, traced."""
+        for descriptor, events in batch:
+            if events is None or self.log is None or self.names[descriptor].startswith("standard "):
+                super().resume([(descriptor, events)])
+            else:
+                self.resume_one(descriptor, events, self.log)
+
+    def resume_one(self, descriptor: int, events: int, log: Output) -> None:
+        """Log which task is resumed and why, resume it, and log what it has done."""
+        name, counted, depth = self.names[descriptor], self.counted[descriptor], self.depth
+        self.depth = 0 if name == "beat" else 1
         self.trace(f"{name}: {event_names(events) or 'resumed'}")
         self.depth += 1
         place, before = len(log.queue), [getattr(counted, attribute, None) for attribute in EFFECTS]
-        super().resume(descriptor, events)
+        super().resume([(descriptor, events)])
         after = [getattr(counted, attribute, None) for attribute in EFFECTS]
         effects = [text(old, new) for text, old, new in zip(EFFECTS.values(), before, after) if old != new]
         if effects:

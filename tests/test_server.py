@@ -185,23 +185,26 @@ def test_is_idle_when_all_have_left(start: Start, leave: Callable[[socket.socket
     server.settled()
 
 
-def test_who_was_taken_out_hears_no_more_of_the_same_batch() -> None:
+def test_an_event_of_a_task_that_the_same_batch_has_ended_does_no_harm() -> None:
     import non_block_io_server
 
-    loop, heard = non_block_io_server.Loop(), []
+    loop, resumed = non_block_io_server.Loop(), []
     pairs = [socket.socketpair() for _ in range(2)]
 
-    def reader() -> Generator[int, int, None]:
-        heard.append((yield select.EPOLLIN))
-        for ours, _ in pairs:
-            loop.forget(ours.fileno())
-        loop.running = False
+    def task(other: int) -> Generator[int, int, None]:
+        events = yield select.EPOLLIN
+        resumed.append(events)
+        if events:  # the other one is ready, too
+            loop.resume([(other, 0)])
+            loop.running = False
 
-    for ours, theirs in pairs:
-        theirs.send(b"ping")
-        loop.start("reader", ours.fileno(), reader())
+    (ours, _), (theirs, _) = pairs
+    for descriptor, other in (ours.fileno(), theirs.fileno()), (theirs.fileno(), ours.fileno()):
+        loop.start("task", descriptor, task(other))
+    for _, end in pairs:
+        end.send(b"ping")
     loop.run()
-    assert heard == [select.EPOLLIN]
+    assert resumed == [select.EPOLLIN, 0]
 
 
 def test_who_does_not_read_costs_little(start: Start) -> None:
