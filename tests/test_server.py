@@ -109,9 +109,9 @@ def test_the_log_of_two_clients(start: Start) -> None:
     assert lines[6:] == [f"stopped: 2 clients served, 5 bytes received, {sent:,} pings sent"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("clients", [0, 1, 2])
-def test_stops_at_a_signal_with_a_summary(start: Start, number: int, clients: int) -> None:
+def test_a_signal_stops_the_server_with_a_summary(start: Start, number: int, clients: int) -> None:
     server = start()
     for _ in range(clients):
         server.seat()
@@ -143,6 +143,65 @@ def test_no_ping_is_cut_when_the_server_stops(start: Start, read: int) -> None:
     server.stop()  # twice does no harm
 
 
+@pytest.mark.parametrize("size", [1001, 1002, 1003])
+def test_each_rest_of_a_ping_is_sent(start: Start, failing: Failing, size: int) -> None:
+    program = failing.program(
+        "sendfile = server.os.sendfile\n"
+        f"server.os.sendfile = lambda out, file, at, size: sendfile(out, file, at, min(size, {size}))"
+    )
+    server = start("--wait-for", "1", program=program)
+    client = server.seat(small=True)
+    data = read_exactly(client, 100_001)
+    client.shutdown(socket.SHUT_WR)
+    assert is_pings(data + read_all(client))
+
+
+@pytest.mark.parametrize("size", [3, 1001, 1002])
+def test_each_rest_of_a_ping_is_sent_without_a_file_in_memory(
+    start: Start, failing: Failing, size: int
+) -> None:
+    program = failing.program(
+        "del server.os.memfd_create\n"
+        "write = server.write\n"
+        f"server.write = lambda file, data: write(file, data[:{size}])"
+    )
+    server = start("--wait-for", "1", program=program)
+    client = server.seat(small=True)
+    data = read_exactly(client, 10_001)
+    client.shutdown(socket.SHUT_WR)
+    assert is_pings(data + read_all(client))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_ping_that_is_cut_is_completed_at_the_end(start: Start, failing: Failing, cut: int) -> None:
+    program = failing.program(
+        f"rests = [{4000 + cut}]\n"
+        "sendfile = server.os.sendfile\n"
+        "def once(out, file, at, size):\n"
+        "    if not rests: raise BlockingIOError\n"
+        "    return sendfile(out, file, at, rests.pop())\n"
+        "server.os.sendfile = once"
+    )
+    server = start("--wait-for", "1", program=program)
+    client = server.seat()
+    data = read_exactly(client, 4000 + cut)
+    text = server.stop()
+    assert data + read_all(client) == b"ping" * 1001
+    assert text.endswith("\nstopped: 1 client served, 0 bytes received, 1,001 pings sent\n")
+
+
+def test_a_heartbeat_and_an_echo_of_single_bytes(start: Start, failing: Failing) -> None:
+    program = failing.program("write = server.write; server.write = lambda file, data: write(file, data[:1])")
+    client = start("--every", "0.01", "--wait-for", "1", program=program).seat()
+    assert read_exactly(client, 20) == b"ping" * 5
+    client.shutdown(socket.SHUT_WR)
+    assert len(read_all(client)) % 4 == 0
+    client = start("--echo", "--wait-for", "1", "--quiet", program=program).seat()
+    client.sendall(b"hello world")
+    client.shutdown(socket.SHUT_WR)
+    assert read_all(client) == b"hello world"
+
+
 def test_a_client_that_sends_endlessly_gets_pings_and_delays_no_other(start: Start) -> None:
     server = start("--quiet")
     busy, other = server.seat(), server.seat()
@@ -169,6 +228,72 @@ def test_a_third_client_waits_for_a_free_seat(start: Start) -> None:
     server.messages("^patience$")
     server.err.wait_for(r"^client 3 connected from .*, 2 of 2 seats taken$")
     assert read_exactly(second, 4) == b"ping"
+
+
+# ---------------------------------------------------------------- probes: clients that send nothing
+
+
+@pytest.mark.parametrize("leave", [lambda client: client.close(), reset])
+@pytest.mark.parametrize("wait_for", [1, 2, 3])
+def test_a_probe_before_serving_is_no_client(start: Start, wait_for: int, leave: Any) -> None:
+    server = start("--connections", "3", "--wait-for", str(wait_for))
+    server.process.send_signal(signal.SIGSTOP)  # so that it finds connections that have ended
+    for _ in range(2):
+        leave(server.connect())
+    server.process.send_signal(signal.SIGCONT)
+    for number in (1, 2):
+        server.err.wait_for(
+            rf"^client {number} (left|was reset): 0 bytes received, 0 pings sent, "
+            "not counted as a client, [01] of 3 seats taken$"
+        )
+    clients = []
+    for number in range(1, wait_for + 1):
+        if number > 1:
+            assert "serving" not in server.err.text
+            leave(server.seat())
+            server.err.wait_for(f"^client {2 * number} .*, not counted as a client, {number - 1} of 3 seats")
+        clients.append(server.seat())
+    server.err.wait_for(f"^serving {wait_for} clients?$")
+    assert all(read_exactly(client, 4) == b"ping" for client in clients)
+    assert re.search(rf"\nstopped: {wait_for} clients? served, 0 bytes received, ", server.stop())
+
+
+def test_a_probe_while_serving_is_a_client(start: Start) -> None:
+    server = start("--wait-for", "1", "--every", "3600")
+    server.seat()
+    server.seat().close()
+    server.err.wait_for("^client 2 left: 0 bytes received, 0 pings sent, 1 of 2 seats taken$")
+    assert "\nstopped: 2 clients served" in server.stop()
+
+
+@pytest.mark.parametrize("leave", [lambda client: client.close(), reset])
+def test_serving_begins_when_enough_clients_are_connected_at_once(start: Start, leave: Any) -> None:
+    server = start("--connections", "3", "--wait-for", "2", "--every", "3600")
+    first = server.seat()
+    server.settled()
+    server.process.send_signal(signal.SIGSTOP)  # so that it finds the first one gone and the second at once
+    second = server.connect()
+    leave(first)
+    server.process.send_signal(signal.SIGCONT)
+    server.err.wait_for("^client 1 (left|was reset): .*, not counted as a client, ")
+    server.settled()
+    assert "serving" not in server.err.text
+    server.seat()
+    server.err.wait_for("^serving 2 clients$")
+    assert second.recv(4) == b"ping"
+
+
+def test_a_client_that_sent_a_message_and_left_counts_while_a_probe_does_not(start: Start) -> None:
+    server = start("--connections", "3", "--wait-for", "2")
+    first = server.seat()
+    first.sendall(b"farewell")
+    first.close()
+    server.seat().close()
+    server.err.wait_for("^client 2 left: .*, not counted as a client, 1 of 3 seats taken$")
+    assert is_pings(read_exactly(server.seat(), 8))
+    server.messages("^farewell$")
+    server.err.wait_for("^serving 2 clients$")
+    assert "\nstopped: 2 clients served, 8 bytes received, " in server.stop()
 
 
 # ---------------------------------------------------------------- nothing is polled
@@ -276,7 +401,8 @@ def test_a_client_disconnects_and_its_last_message_is_printed(start: Start, opti
     read_exactly(first, 4)
     leave(first)
     server.messages("^last message$")
-    server.err.wait_for("^client 1 (left|was reset): 12 bytes received, .* 1 of 2 seats taken$")
+    how = "left" if leave is leave_with_a_half_close else "was reset" if leave is leave_with_a_reset else ".*"
+    server.err.wait_for(f"^client 1 {how}: 12 bytes received, .* 1 of 2 seats taken$")
     assert is_pings(read_exactly(second, 8))
     third = server.seat()
     assert is_pings(read_exactly(third, 8))
