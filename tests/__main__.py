@@ -55,7 +55,6 @@ def install_pytest() -> None:
         fail(
             f"cannot install pytest in {VENV}: {error.strerror} (install it yourself, or copy the repository)"
         )
-    print(f"tests: this Python has no pytest; pip installs it in {VENV}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip"]
         if not importlib.util.find_spec("pip"):  # the venv module may bring its own
@@ -65,6 +64,7 @@ def install_pytest() -> None:
             ).returncode:
                 fail("this Python has no pip to install pytest (Debian, Ubuntu: apt install python3-pip)")
             pip = [os.path.join(folder, "bin", "python"), "-I", "-m", "pip"]
+        print(f"tests: this Python has no pytest; pip installs it in {VENV}", file=sys.stderr, flush=True)
         command = [*pip, "install", *PIP_OPTIONS, "pytest"]
         environment = {**os.environ, **PIP_SETTINGS}
         if subprocess.call(command, env=environment, stdin=subprocess.DEVNULL, cwd=ROOT):
