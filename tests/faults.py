@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import select
 import signal
@@ -39,6 +40,12 @@ SERVERS = {
     "the lecture's script": ["-u", "-c", SCRIPT],  # -u: its prints are not buffered
     "this server": [str(HERE.parent / "non_block_io_server.py"), "--port", "{port}"],
 }
+
+
+def need_epoll(tool: str) -> None:
+    """Exit, with one line, on a system without epoll."""
+    if not hasattr(select, "epoll"):
+        sys.exit(f"{tool}: epoll is needed, which only Linux has; this is {platform.system()}")
 
 
 def command(name: str, port: int = 0) -> list[str]:
@@ -242,9 +249,13 @@ def observe(name: str) -> list[Seen]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Shows what goes wrong with the lecture's script.")
-    parser.add_argument("name", nargs="?", choices=(*FAULTS, "all"), help="a fault (without: lists them)")
+    parser = argparse.ArgumentParser(description="Show what goes wrong with the lecture's script.")
+    parser.add_argument(
+        "name", nargs="?", choices=(*FAULTS, "all"), help="a fault (default: list all faults)"
+    )
     wanted = parser.parse_args().name
+    if wanted:
+        need_epoll("faults")
     for name, fault in FAULTS.items():
         if not wanted:
             print(f"{name:<8}  {fault.__doc__}")
