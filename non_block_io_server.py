@@ -1,32 +1,34 @@
 #!/usr/bin/env python3
 """A TCP server that serves many clients in one thread, and never blocks.
 
-The question.  A socket blocks: `recv` waits until something arrives, and the whole program
-waits with it.  How can one program serve several connections at once, without processes
-and without threads?
+The question.  A socket blocks: `recv` waits until data arrives, and the whole program waits
+with it.  How can one program serve several connections at once, without processes and
+without threads?
 
-The answer is an event loop.  Wait for all of them at once, in one call, and then do only
-what can be done without waiting:
+The answer is an event loop.  Wait for all descriptors in one call, then do only what can be
+done without waiting:
 
     while running:
-        for descriptor, events in epoll.poll():      # sleeps until somebody is ready
-            handlers[descriptor](events)             # reads or writes what it can, now
+        for descriptor, events in epoll.poll():    # waits until a descriptor is ready
+            tasks[descriptor].send(events)         # resumes the task that owns it
 
-Who lives in the loop.  Each owns its descriptor, its interest (what epoll is to report)
-and its end:
+A task is a generator that owns one descriptor.  It reads like a program that blocks, with a
+`yield` wherever that program would block.  It yields its interest (an event mask: what it
+waits for), and the loop resumes it with the events that epoll reports.
 
-    event                        who handles it        what happens
-    ---------------------------  --------------------  -----------------------------------
-    a connection has come        Listener              it takes a seat, if one is free
-    a client has sent something  Client                it is shown as a message
-    a client can be written to   Flood                 it is sent pings, all that it takes
-                                 Echo (--echo)         ... or its own bytes
-    it is time for a beat        Heartbeat (--every)   ... or one ping
-    an output can be written to  Output                what waits for it is written
-    SIGINT or SIGTERM            StopSignal            the loop ends
+    task            waits for                           when it is resumed
+    --------------  ----------------------------------  -----------------------------------
+    Server.accept   EPOLLIN, while a seat is free       gives new connections a seat
+    Server.serve    until enough clients are connected  runs the client's protocol:
+      flood         EPOLLIN and EPOLLOUT                prints a message, sends many pings
+      echo          EPOLLIN; EPOLLOUT with unsent data  prints a message, sends it back
+      heartbeat     EPOLLIN and the next beat           prints a message, sends one ping
+    Server.beat     the time of the next beat           resumes the clients
+    Output.run      EPOLLOUT, while it is stalled       writes queued text
+    stop_signal     EPOLLIN                             ends the loop
 
 With no option this is the lecture's server: it accepts two clients, then serves both.
-What they send goes to standard output, everything else to standard error.
+Messages go to standard output, everything else to standard error.
 """
 
 from __future__ import annotations
@@ -40,54 +42,62 @@ import re
 import signal
 import socket
 import stat
+import struct
 import sys
 import time
+from contextlib import suppress
 from os import read, write
 
 try:
+    import fcntl
     import resource
+    import termios
     from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, PIPE_BUF, epoll, select
-except ImportError:
-    sys.exit("this system has no epoll: run the server on Linux, in a container, a virtual machine or WSL")
+except ImportError:  # macOS, Windows: a program can import this module, but main() needs epoll
+    epoll = None  # type: ignore[assignment, misc]
 
-TYPE_CHECKING = False  # as in typing, whose import would lengthen the start
+TYPE_CHECKING = False  # as in typing, whose import would make the start slower
 if TYPE_CHECKING:
-    from typing import Any, Callable, Iterable, TextIO
+    from typing import Any, Callable, Generator, Iterable, TextIO
 
-# -------------------------------------------------------------------- words and constants
+    Task = Generator[int, Any, None]  # yields interests, is sent events (None at its start)
+    Protocol = Callable[["Client"], Task]
+
+# -------------------------------------------------------------------- constants
 
 PING = b"ping"
-PINGS = memoryview(PING * 65536)  # 256 KiB a send; at 4 bytes a send the calls cost more than the bytes
-RESTS = b"", b"ing", b"ng", b"g"  # what a ping still lacks, by the letters that were sent
-
-READ_SIZE = 65536  # bytes of one read: how much of everybody's time one client may take
-PENDING_LIMIT = 1024 * 1024  # characters that a stalled output takes, until all has gone out
-ACCEPTS = 16  # connections taken at a time: a burst of them must not starve the connected
-SPARE_FILES = 16  # descriptors besides the seats': standard streams, epoll, listener, signals
-GLANCES = 16  # looks before a sleep: to fall asleep and to wake up takes longer than an echo
-MOMENT = 1.0  # seconds until the listener tries again, where nobody leaves before
-PATIENCE = 1.0  # seconds in which a stalled output must move, or be given up, when all ends
-DAY = 86400.0  # seconds; epoll_wait(2) takes no timeout of more than 24 days
-
-OPTIONS = (  # set on the listener, inherited by its connections: socket(7), tcp(7)
-    (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),  # can restart at once, though old connections linger
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # a machine that vanished does not keep its seat
-    (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),  # an urgent byte keeps its place, and is not lost
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # a short answer leaves at once
-    (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16384),  # who does not read costs kB, not MB
+PINGS = memoryview(PING * 65536)  # 256 KiB a call: with 4 bytes, the calls cost more than the bytes
+READ_SIZE = 65536  # bytes a read, so that a client that sends much leaves the others their turn
+ACCEPTS = 16  # accepts per event, so that a burst of new clients does not starve connected ones
+BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
+OUTPUT_LIMIT = 1024 * 1024  # bytes queued for an output until it counts as full
+SPARE_FILES = 16  # descriptors that belong to no client: outputs, epoll, listener, signal pipe, pings
+RETRY_DELAY = 1.0  # seconds until a call is tried again that lacked a resource
+FLUSH_TIMEOUT = 1.0  # seconds to wait for a stalled output at shutdown
+FINISH_TIMEOUT = 0.2  # seconds in which a client that goes on sending is read at shutdown
+SIGNAL_TIMEOUT = 0.1  # seconds to wait for a stop signal when standard output breaks
+MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) takes no timeout of more than 24 days
+NO_DESCRIPTOR = -1  # the beat's: it waits for time only
+TCP_RTO_MAX_MS = 44  # from linux/tcp.h, since Linux 6.15
+# accept(2): the backlog is empty, or the connection that accept would have returned is broken
+NETWORK_ERRORS = (
+    "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH EOPNOTSUPP ENETUNREACH"
 )
-SHORTAGE = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM  # accept(2): it may work later
+MESSAGE_TITLE = "data received..."
+OUT_OF_MEMORY = b"out of memory: the server cannot continue\n"
 
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but tab and newline, DEL, C1
+
+class CannotContinue(Exception):
+    """The server must end with status 1.  The text says in one line what failed, and why."""
 
 
 def count(number: int, noun: str) -> str:
-    """How a person writes it: `1 ping`, `1,204,113 pings`."""
+    """Return a number and its noun as people write them: `1 ping`, `1,204,113 pings`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def name_of(address: Any) -> str:
-    """A socket's address as text: `127.0.0.1:10001`, `[::1]:10001`."""
+    """Return a socket's address as text: `127.0.0.1:10001`, `[::1]:10001`."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -96,592 +106,885 @@ def name_of(address: Any) -> str:
 
 
 class Loop:
-    """Waits, looks up whose descriptor it is, hands over."""
+    """Wait for events, and resume the task of each ready descriptor."""
 
     def __init__(self) -> None:
         self.running = True
         self.epoll = epoll()
-        self.handlers: dict[int, Callable[[int], None]] = {}
-        self.interests: dict[int, int] = {}
-        # What is to be called once, and its time.monotonic() in seconds; 0 is right after this batch.
-        self.timers: dict[Callable[[], None], float] = {}
+        self.tasks: dict[int, Task] = {}  # by descriptor
+        self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
+        self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
 
     def run(self) -> None:
-        """Serve until `running` is false.  No handler may block."""
-        handlers = self.handlers
+        """Resume tasks until `running` is false."""
         while self.running:
-            for descriptor, events in self.wait():
-                handlers[descriptor](events)
-            for callback in self.due():
-                callback()
+            self.resume(self.wait())
+            self.resume(self.due())
+
+    def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
+        """Run tasks to their next yield, and tell epoll their new interest.
+
+        `batch` holds pairs of a descriptor and its events.  If an earlier event of the same batch
+        has ended a task, it ends again: that does no harm.
+        """
+        tasks, interests = self.tasks, self.interests
+        for descriptor, events in batch:
+            try:
+                interest = tasks[descriptor].send(events)
+                if interest != interests[descriptor]:
+                    self.set_interest(descriptor, interest)
+            except StopIteration:
+                self.forget(descriptor)
+
+    def set_interest(self, descriptor: int, interest: int) -> None:
+        """Tell epoll what a task waits for.
+
+        If epoll_ctl(2) fails (no memory, too many watches), the task gets the error at its yield.
+        """
+        before = self.interests[descriptor]
+        try:
+            if before and interest:
+                self.epoll.modify(descriptor, interest)
+            elif interest:
+                self.epoll.register(descriptor, interest)
+            elif before:  # with an interest of 0, epoll would report EPOLLHUP and EPOLLERR endlessly
+                self.epoll.unregister(descriptor)
+            self.interests[descriptor] = interest
+        except OSError as error:
+            self.set_interest(descriptor, self.tasks[descriptor].throw(error))
 
     def wait(self) -> Iterable[tuple[int, int]]:
-        """Wait until something is ready or a timer is due; (descriptor, event mask) of the ready."""
-        for _ in range(GLANCES):
+        """Wait until a descriptor is ready or a timer is due; return (descriptor, events) pairs."""
+        timeout = -1.0
+        if self.timers:
+            timeout = min(max(0.0, min(self.timers.values()) - time.monotonic()), MAX_TIMEOUT)
+        for _ in range(BUSY_POLLS if timeout else 0):
             ready = self.epoll.poll(0)
             if ready:
                 return ready
-            os.sched_yield()
-        if not self.timers:
-            return self.epoll.poll()
-        return self.epoll.poll(min(max(0.0, min(self.timers.values()) - time.monotonic()), DAY))
+            with suppress(OSError):  # a sandbox may forbid it
+                os.sched_yield()  # to a process that waits for this processor
+        return self.epoll.poll(timeout)
 
-    def due(self) -> Iterable[Callable[[], None]]:
-        """The callbacks whose time has come, each given out once."""
-        now = time.monotonic()
-        callbacks = [callback for callback, when in self.timers.items() if when <= now]
-        for callback in callbacks:
-            del self.timers[callback]
-        return callbacks
+    def due(self) -> Iterable[tuple[int, int]]:
+        """Return the descriptors whose timer is due, with no events, and forget these timers."""
+        now = time.monotonic() if self.timers else 0.0
+        due = [descriptor for descriptor, when in self.timers.items() if when <= now]
+        for descriptor in due:
+            del self.timers[descriptor]
+        return [(descriptor, 0) for descriptor in due]
 
-    def watch(self, descriptor: int, interest: int, handler: Callable[[int], None]) -> None:
-        """From now on call handler(events) when something of the interest is true of the descriptor.
+    def wake(self, descriptors: Iterable[int]) -> None:
+        """Resume tasks without events after this batch: their interest may have changed.
 
-        With no interest the descriptor leaves the set: a reset would be reported even so, and
-        without end (epoll_ctl(2)).
+        A task acts on another one only in this way, so no task is resumed while it runs.
         """
-        before = self.interests.get(descriptor, 0)
-        if interest == before:
-            return
-        self.handlers[descriptor], self.interests[descriptor] = handler, interest
-        if not before:
-            self.epoll.register(descriptor, interest)
-        elif interest:
-            self.epoll.modify(descriptor, interest)
-        else:
-            self.epoll.unregister(descriptor)
-            self.handlers[descriptor] = lambda events: None  # one of this batch may still come
+        self.timers.update(dict.fromkeys(descriptors, 0.0))
+
+    def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
+        """Run a new task to its first yield.  --trace shows the name, and changes of `counted`."""
+        self.tasks[descriptor], self.interests[descriptor] = task, 0
+        self.resume([(descriptor, None)])
+
+    def forget(self, descriptor: int) -> None:
+        """Take a task that ends out of the set.  It calls this itself before it closes its descriptor."""
+        with suppress(OSError):
+            if self.interests[descriptor]:
+                self.epoll.unregister(descriptor)
+        self.interests[descriptor] = 0
+        self.timers.pop(descriptor, None)
 
 
-# -------------------------------------------------------------------- those who live in it
-
-
-class StopSignal:
-    """Ends the loop on SIGINT or SIGTERM, between two events and never in the middle of one.
-
-    A signal is made a descriptor, too: signal.set_wakeup_fd() writes a byte into a pipe.
-    """
-
-    name = "signal"
-
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)  # the byte is written where Python has a handler
-        loop.watch(reader, EPOLLIN, self.ready)
-
-    def ready(self, events: int) -> None:
-        """Stop.  From here on Python's own end would let a second signal kill: it is ignored."""
-        self.loop.running = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-
-
-class Output:
-    """A text stream that may stall: standard output or standard error.
-
-    What is written while a batch of events is handled goes out after it, as far as the
-    reader takes it; the rest waits for EPOLLOUT, as for any peer.  Nobody adds to more than
-    PENDING_LIMIT; `drained` is called when so much has gone out.
-    """
-
-    def __init__(self, loop: Loop, stream: TextIO | None, name: str, vital: bool) -> None:
-        self.loop, self.name, self.vital = loop, name, vital
-        self.open = stream is not None  # None: whoever started us had closed it
-        self.drained: Callable[[], None] = lambda: None
-        self.texts: list[str] = []
-        self.unsent = memoryview(b"")
-        self.size = self.sent = 0  # characters since nothing waited, bytes that have gone out
-        if stream:
-            self.descriptor, self.encoding = stream.fileno(), stream.encoding
-            self.own = self.reopened()
-
-    def reopened(self) -> int:
-        """A descriptor to write to without ever waiting; -1 where there is none.
-
-        O_NONBLOCK on the descriptor that we were given would hold for everyone who shares
-        it, the shell for one (fcntl(2)): so a pipe or a terminal is opened anew.
-        """
-        if stat.S_ISREG(os.fstat(self.descriptor).st_mode):
-            return self.descriptor  # a file has no reader to wait for
-        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        try:
-            return os.open(f"/proc/self/fd/{self.descriptor}", flags)
-        except OSError:  # a socket, another user's terminal (after su), or no /proc
-            return -1
-
-    def put(self, data: memoryview) -> int:
-        """Write some of the bytes; return how many.  Raises BlockingIOError instead of waiting."""
-        if self.own >= 0:
-            return write(self.own, data)
-        if select([], [self.descriptor], [], 0)[1]:
-            size = 1 if os.isatty(self.descriptor) else PIPE_BUF  # that much does not block: pipe(7)
-            return write(self.descriptor, data[:size])
-        raise BlockingIOError
-
-    def write(self, text: str) -> None:
-        """Take text, to be written after this batch of events."""
-        if self.open:
-            if not self.size:
-                self.loop.timers[self.flush] = 0.0
-            self.texts.append(text)
-            self.size += len(text)
-
-    def gathered(self) -> memoryview:
-        """The texts, taken as one piece of bytes."""
-        text, self.texts = "".join(self.texts), []
-        return memoryview(text.encode(self.encoding, "backslashreplace"))
-
-    def flush(self, events: int = 0) -> None:
-        """Write what the reader takes.  Exits where a vital output is broken."""
-        try:
-            while self.texts or self.unsent:
-                if not self.unsent:
-                    self.unsent = self.gathered()
-                written = self.put(self.unsent)
-                self.sent += written
-                self.unsent = self.unsent[written:]
-        except BlockingIOError:
-            self.loop.watch(self.descriptor, EPOLLOUT, self.flush)
-            return
-        except OSError as error:
-            self.open, self.texts, self.unsent = False, [], memoryview(b"")
-            if self.vital:
-                sys.exit(f"{self.name} can no longer be written: {error.strerror}")
-        was_full, self.size = self.size > PENDING_LIMIT, 0
-        self.loop.watch(self.descriptor, 0, self.flush)
-        if was_full and self.loop.running:
-            self.drained()
-
-    def drain(self) -> int:
-        """Write all that waits, for as long as the reader takes some; return the bytes left."""
-        while self.size:
-            self.flush()
-            if self.size and not select([], [self.descriptor], [], PATIENCE)[1]:
-                return len(self.unsent) + len(self.gathered())
-        return 0
+# -------------------------------------------------------------------- a client's connection
 
 
 class Client:
-    """A connection on its seat: what it sends is shown, what it is owed is sent.
+    """A connection that has a seat, as a protocol sees it.  No method waits.
 
-    It ends when both sides have said all: after the client's end of file (it half-closed, or
-    closed) it gets what it is still owed, and then ours.  A reset ends it, too, but not before
-    the bytes that had come earlier have been read.
+    The socket is non-blocking although epoll has reported it ready: the event may be stale
+    (an earlier event of the same batch has changed the state), a send may be larger than the
+    free space in the kernel, and a task is also resumed without events.
+
+    No code looks at EPOLLHUP and EPOLLERR: epoll reports EPOLLIN and EPOLLOUT with them, and
+    the next read or write raises the error.
     """
 
-    noun, size = "ping", len(PING)  # what is counted as sent, and its bytes
-    duplex = True  # is read while something is unsent
-
-    def __init__(self, listener: Listener, sock: socket.socket, name: str, address: str) -> None:
-        self.listener, self.messages = listener, listener.messages
-        self.sock, self.descriptor, self.name = sock, sock.fileno(), name
-        self.header = f"data received... ({name}, {address})\n"
+    def __init__(self, server: Server, sock: socket.socket, name: str, address: str) -> None:
+        self.server, self.messages, self.name = server, server.messages, name
+        self.sock, self.descriptor = sock, sock.fileno()
+        self.formatter = MessageFormatter(f"{MESSAGE_TITLE} ({name}, {address})\n")
         self.received = self.sent = 0  # bytes
-        self.held = b""  # the first bytes of a letter, whose others are still to come
-        self.ended = False  # its end of file has come
-        self.sending = True  # can be sent to
-        self.how = "left"
+        self.unsent = b""  # for a protocol that sends later: see interest, flush()
+        self.beats_seen = server.beats
+        self.at_eof = False  # the client has sent its end of file: it closed or half-closed
+        self.reason = "left"
 
-    def unsent(self) -> bytes | memoryview:
-        """What is to be sent as soon as the client takes it."""
-        raise NotImplementedError
+    @property
+    def reading(self) -> int:
+        """The interest in reading: EPOLLIN, or 0 at the end of file or while standard output is full."""
+        return 0 if self.at_eof or self.messages.full else EPOLLIN
 
-    def update(self) -> None:
-        """Tell epoll what this client waits for now.  When it is nothing more, say goodbye."""
-        writing = self.sending and self.unsent()
-        reading = not (self.ended or self.messages.size > PENDING_LIMIT or (writing and not self.duplex))
-        if self.ended and not writing:
-            self.leave()
-        else:
-            interest = (EPOLLIN if reading else 0) | (EPOLLOUT if writing else 0)
-            self.listener.loop.watch(self.descriptor, interest, self.ready if writing else self.receive)
+    @property
+    def interest(self) -> int:
+        """The interest in reading, and in writing while anything is unsent."""
+        return self.reading | (EPOLLOUT if self.unsent else 0)
 
-    def ready(self, events: int) -> None:
-        """Read a piece, then send one: a client that sends without end still gets its pings."""
-        if events & EPOLLIN:
-            self.receive(events)
-        if events & EPOLLOUT and self.sending:  # false, where the reading has ended it
-            self.send(self.unsent())
-            self.update()
+    def receive(self) -> bytes:
+        """Read and print one chunk, at most READ_SIZE bytes; epoll reports the rest again.
 
-    def receive(self, events: int) -> None:
-        """Take and show one piece.  What is left is reported again, after the others' turn."""
-        if self.messages.size > PENDING_LIMIT:  # a message would find no place: TCP slows the client
-            return self.update()
-        try:
-            data = self.sock.recv(READ_SIZE)
-        except OSError as error:
-            return self.unreadable(error)
-        if not data:
-            return self.end()
-        self.received += len(data)
-        if self.messages.open:
-            self.show(data)
-
-    def send(self, data: bytes | memoryview) -> int:
-        """Send what is taken at once; return how many bytes that was."""
-        try:
-            sent = self.sock.send(data)
-        except OSError as error:
-            sent = self.lose(error)
-        self.sent += sent
-        return sent
-
-    def unreadable(self, error: OSError) -> None:
-        """A read has failed.  Where that was a reset, all that came before it has been read by now."""
-        self.lose(error)
-        if not self.sending:
-            self.leave()
-
-    def end(self) -> None:
-        """The client's end of file has come: it is not read again, for it would come again, at once."""
-        self.ended = True
-        self.update()
-
-    def show(self, data: bytes, final: bool = False) -> None:
-        """Write UTF-8 bytes as a message; a letter that two reads have cut is put together again."""
-        data = self.held + data
-        if data.isascii():  # in half the time; nothing is held then
-            text = data.decode()
-        else:
-            text, used = codecs.utf_8_decode(data, "replace", final)
-            self.held = data[used:]
-        if text:
-            text = text[:-1] if text[-1] == "\n" else text
-            if not text.isprintable():  # controls are shown, not obeyed; no line passes for a header
-                text = CONTROLS.sub(lambda control: f"\\x{ord(control[0]):02x}", text)
-                text = text.replace("\n", "\n  ")
-            self.messages.write(f"{self.header}{text}\n")
-
-    def lose(self, error: OSError) -> int:
-        """A read or a send has failed and moved 0 bytes.  Any reason but "not now" ends the connection."""
-        if self.sending and not isinstance(error, BlockingIOError):
-            self.sending = False
-            self.how = "was reset" if isinstance(error, ConnectionError) else f"was lost ({error.strerror})"
-        return 0
-
-    def leave(self) -> None:
-        """Close, and give the seat back."""
-        self.ended, self.sending = True, False
-        self.show(b"", final=True)
-        self.listener.loop.watch(self.descriptor, 0, self.ready)
-        self.sock.close()
-        self.listener.release(self)
-
-
-class Echo(Client):
-    """Is sent its own bytes (--echo), and is not read while it does not take them: backpressure."""
-
-    noun, size, duplex = "byte", 1, False
-    tail: bytes | memoryview = b""  # what was read and not yet taken
-
-    def unsent(self) -> bytes | memoryview:
-        """The rest of the echo."""
-        return self.tail
-
-    def send(self, data: bytes | memoryview) -> int:
-        """Client.send, that keeps the rest."""
-        sent = super().send(data)
-        self.tail = data[sent:]
-        return sent
-
-    def receive(self, events: int) -> None:
-        """Client.receive, and the sending, with as few calls as can be (README: Speed)."""
-        if self.messages.size > PENDING_LIMIT:
-            return self.update()
+        Returns b"" if nothing has arrived, and at the end of file, which sets at_eof.  Raises OSError.
+        """
         try:
             data = read(self.descriptor, READ_SIZE)
-        except OSError as error:
-            return self.unreadable(error)
-        if not data:
-            return self.end()
-        try:
-            sent = write(self.descriptor, data)
-        except OSError as error:
-            sent = self.lose(error)
-        size = len(data)
-        self.received += size
-        self.sent += sent
+        except BlockingIOError:
+            return b""
+        self.received += len(data)
+        self.at_eof = not data
         if self.messages.open:
             self.show(data)
-        if sent != size:
-            self.tail = data[sent:]
-            self.update()
+        return data
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send what the client takes now; return how many bytes.  Raises OSError."""
+        try:
+            sent = write(self.descriptor, data)
+        except BlockingIOError:
+            return 0
+        self.sent += sent
+        return sent
+
+    def flush(self) -> None:
+        """Send of `unsent` what the client takes now.  Raises OSError."""
+        if self.unsent:
+            self.unsent = self.unsent[self.send(self.unsent) :]
+
+    def show(self, data: bytes, final: bool = False) -> None:
+        """Print bytes as a message; `final` means that no more bytes follow."""
+        self.messages.write(self.formatter.format(data, final))
+
+    def has_new_beat(self) -> bool:
+        """Return whether a beat has passed since the last call."""
+        before, self.beats_seen = self.beats_seen, self.server.beats
+        return before != self.beats_seen
+
+    def has_sent(self) -> bool:
+        """Return whether a byte has arrived, and leave it unread.  An end of file sets at_eof."""
+        try:
+            self.at_eof = not self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        return not self.at_eof
+
+    def unread(self) -> int:
+        """Return how many bytes have arrived and are not read: tcp(7), SIOCINQ.  Raises OSError."""
+        return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
-class Heartbeat(Client):
-    """Is sent one ping a beat (--every)."""
+class MessageFormatter:
+    """Turn the bytes of one client into lines to print.  It knows nothing of sockets."""
 
-    def unsent(self) -> bytes | memoryview:
-        """The rest of a ping that was cut."""
-        return RESTS[self.sent % len(PING)]
+    def __init__(self, header: str) -> None:
+        self.header = header
+        self.partial = b""  # an incomplete UTF-8 character, or a CR whose LF may follow
 
-    def beat(self) -> None:
-        """Send a ping, if it fits and the last one is whole: what waits for a reader stays bounded."""
-        if self.sending and not self.ended and not self.unsent():
-            self.send(PING)
-            self.update()
+    def format(self, data: bytes, final: bool = False) -> str:
+        """Return a message to print, or "" if the bytes complete none; `final` means that no more follow.
+
+        A character or a CR LF split across two reads is joined; a byte that is not UTF-8 becomes
+        U+FFFD.  Lines after the first are indented, and also a first line that looks like a
+        header: so a line that looks like a header is one.
+        """
+        data = self.partial + data
+        text, used = codecs.utf_8_decode(data, "replace", final)
+        self.partial = data[used:]
+        if text.endswith("\r") and not final:
+            text, self.partial = text[:-1], b"\r"
+        if not text:
+            return ""
+        text = text.replace("\r\n", "\n")
+        text = text[:-1] if text.endswith("\n") else text
+        if not text.isprintable():
+            text = "\n  ".join(line if line.isprintable() else escape(line) for line in text.split("\n"))
+        indent = "  " if text.startswith(MESSAGE_TITLE) else ""
+        return f"{self.header}{indent}{text}\n"
 
 
-class Flood(Heartbeat):
-    """Is sent pings, as many as it takes."""
-
-    def unsent(self) -> bytes | memoryview:
-        """Go on at the right letter, wherever a send was cut; after the end, with no more than that ping."""
-        return super().unsent() if self.ended else PINGS[self.sent % len(PING) :]
+# Any character that is neither a letter or digit of some script, printable ASCII, a tab nor a space.
+UNUSUAL = re.compile("[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
 
 
-class Listener:
-    """The port and its seats.  Who finds none free waits in the backlog: deferred, not refused."""
+def escape(line: str) -> str:
+    r"""Escape what could harm a terminal or mislead a reader: `\x1b`, `\u202e`, `\U000e0041`.
 
-    name = "listener"
+    These are the controls but tab, the separators of lines and paragraphs, and all format,
+    surrogate, private-use and unassigned characters.  A joiner between two visible characters
+    passes.
+    """
 
-    def __init__(self, loop: Loop, options: argparse.Namespace, messages: Output, log: Output) -> None:
-        self.loop, self.messages, self.log = loop, messages, log
-        self.kind = Echo if options.echo else Heartbeat if options.every else Flood
+    def is_visible(character: str) -> bool:
+        return character.isprintable() and character.strip() != ""
+
+    def escaped(found: re.Match[str]) -> str:
+        character, code, at = found[0], ord(found[0]), found.start()
+        joins = character in JOINERS and is_visible(line[at - 1 : at]) and is_visible(line[at + 1 : at + 2])
+        if joins or character.isprintable():
+            return character
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+    return UNUSUAL.sub(escaped, line)
+
+
+# -------------------------------------------------------------------- protocols
+
+
+def flood(client: Client) -> Task:
+    """Send pings, as many as the client takes."""
+    pings = pings_file()
+    while not client.at_eof:
+        events = yield client.reading | EPOLLOUT
+        if events & EPOLLIN:
+            client.receive()
+        if events & EPOLLOUT and not client.at_eof:
+            cut = client.sent % len(PING)  # bytes of a ping that a partial send has cut
+            if pings is None:
+                client.send(PINGS[cut:])
+            else:
+                with suppress(BlockingIOError):  # sendfile(2) copies nothing
+                    client.sent += os.sendfile(client.descriptor, pings, cut, 4 * len(PINGS))
+    while client.sent % len(PING):
+        yield EPOLLOUT
+        client.send(PING[client.sent % len(PING) :])
+
+
+@functools.lru_cache(maxsize=None)
+def pings_file() -> int | None:
+    """Return the descriptor of a file in memory that is full of pings; None if there can be none."""
+    with suppress(AttributeError, OSError):  # an old C library, a sandbox, a limit on the size of files
+        file = os.memfd_create("pings")
+        if sum(write(file, PINGS) for _ in range(5)) == 5 * len(PINGS):
+            return file
+    return None
+
+
+def echo(client: Client) -> Task:
+    """Send back what the client sends.  Read no more while it does not take it: backpressure.
+
+    For speed, this does itself what client.receive() and client.send() do (README: Speed).
+    """
+    descriptor, messages = client.descriptor, client.messages
+    while True:
+        yield 0 if messages.full else EPOLLIN
+        size = sent = 0
+        try:
+            data = read(descriptor, READ_SIZE)
+            size = len(data)
+            if not size:
+                client.at_eof = True
+                return
+            client.received += size
+            if messages.open:
+                client.show(data)
+            sent = write(descriptor, data)
+        except BlockingIOError:
+            pass
+        client.sent += sent
+        while sent < size:
+            yield EPOLLOUT
+            sent += client.send(data[sent:])
+
+
+def heartbeat(client: Client) -> Task:
+    """Send one ping per beat.  Skip beats while a ping is unsent, so that unsent data stays bounded."""
+    while client.unsent or not client.at_eof:
+        events = yield client.interest
+        if events & EPOLLIN:
+            client.receive()
+        if client.has_new_beat() and not client.unsent and not client.at_eof:
+            client.unsent = PING
+        client.flush()
+
+
+# -------------------------------------------------------------------- the server
+
+
+class Server:
+    """Who is connected, when serving begins, the beat, and the totals.
+
+    A client that finds no free seat waits in the backlog: it is deferred, not refused.
+    """
+
+    def __init__(self, loop: Loop, options: Any, protocol: Protocol, messages: Output, log: Output) -> None:
+        self.loop, self.protocol, self.messages, self.log = loop, protocol, messages, log
         self.seats, self.wait_for, self.every = options.connections, options.wait_for, options.every
-        self.clients: dict[Client, None] = {}  # a set, in order of arrival
-        self.accepted = self.beats = self.received = self.sent = 0
+        self.unit, self.unit_size = ("ping", len(PING)) if protocol in (flood, heartbeat) else ("byte", 1)
+        self.listener = listen(options)
+        self.clients: dict[int, Client] = {}  # by descriptor
         self.serving = False
-        self.sock = listen(options)
-        address = name_of(self.sock.getsockname())
-        log.write(f"listening on {address}, waiting for {count(self.wait_for, 'client')}\n")
-        log.drained = messages.drained = self.resume
-        self.update()
+        self.accepted = self.served = self.beats = 0
+        self.received = self.sent = 0  # bytes and units, of the clients that have disconnected
 
-    def update(self) -> None:
-        """Accept while there is a seat, and a place for the line that tells of it."""
-        accepting = len(self.clients) < self.seats and self.log.size <= 2 * PENDING_LIMIT
-        self.loop.watch(self.sock.fileno(), EPOLLIN if accepting else 0, self.ready)
-
-    def resume(self) -> None:
-        """Go on where a stalled output had stopped it."""
-        self.update()
-        if self.serving:
-            for client in list(self.clients):
-                client.update()
-
-    def ready(self, events: int) -> None:
-        """Seat whoever has come, a few at a time."""
-        for _ in range(min(ACCEPTS, self.seats - len(self.clients))):
+    def accept(self) -> Task:
+        """The listener's task: accept connections while a seat is free."""
+        reported = ""
+        while True:
             try:
-                sock, address = self.sock.accept()
+                yield EPOLLIN if len(self.clients) < self.seats else 0
+                for _ in range(min(ACCEPTS, self.seats - len(self.clients))):
+                    sock, address = self.listener.accept()
+                    self.seat(sock, name_of(address))
+                    reported = ""
             except OSError as error:
-                if error.errno in SHORTAGE:  # the connection stays queued, and is reported without end
-                    self.log.write(f"not accepting for now: {error.strerror}\n")
-                    self.loop.watch(self.sock.fileno(), 0, self.ready)
-                    self.loop.timers[self.update] = time.monotonic() + MOMENT
-                    return
-                break  # nobody is left, or who was next is gone again (accept(2))
-            self.seat(sock, name_of(address))
-        self.update()
+                if errno.errorcode.get(error.errno or 0) in NETWORK_ERRORS.split():
+                    continue
+                # The connection stays in the backlog, so epoll would report the listener on every wait.
+                if reported != error.strerror:
+                    reported = str(error.strerror)
+                    self.log.write_line(f"not accepting for now: {reported}")
+                    if error.errno == errno.EMFILE and not self.clients:
+                        self.log.write_line("no descriptor is left for any client (ulimit -n)")
+                self.loop.timers[self.listener.fileno()] = time.monotonic() + RETRY_DELAY
+                yield 0
 
     def seat(self, sock: socket.socket, address: str) -> None:
-        """Give a connection a seat; begin to serve, when enough have one."""
-        sock.setblocking(False)
+        """Give a connection a seat, and start its task.  Begin to serve if enough clients have one."""
         self.accepted += 1
-        client = self.kind(self, sock, f"client {self.accepted}", address)
-        self.clients[client] = None
-        self.log.write(f"{client.name} connected from {address}, {self.taken()}\n")
+        client = Client(self, sock, f"client {self.accepted}", address)
+        self.clients[client.descriptor] = client
+        self.log.write_line(f"{client.name} connected from {address}, {self.seats_taken()}")
+        self.loop.start(client.name, client.descriptor, self.serve(client), client)
         if self.serving:
-            client.update()
-        elif self.accepted == self.wait_for:
-            self.serving = True
-            self.log.write(f"serving {count(self.accepted, 'client')}\n")
-            self.resume()
-            if self.every:
-                self.due = time.monotonic()
-                self.beat()
+            self.served += 1
+        elif len(self.clients) >= self.wait_for:
+            self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # has one of them ended?
+            if len(self.clients) >= self.wait_for:
+                self.begin()
 
-    def beat(self) -> None:
-        """A ping for each client.  Beats keep to the first one's time; missed ones are left out."""
-        for client in list(self.clients):
-            if isinstance(client, Heartbeat):
-                client.beat()
-        self.beats += 1
-        now = time.monotonic()
-        self.due = now + self.every - (now - self.due) % self.every
-        self.loop.timers[self.beat] = self.due
+    def begin(self) -> None:
+        """Begin to serve."""
+        self.serving, self.served = True, len(self.clients)
+        self.log.write_line(f"serving {count(self.served, 'client')}")
+        self.loop.wake(self.clients)
+        if self.every:
+            self.loop.start("beat", NO_DESCRIPTOR, self.beat(), self)
+
+    def beat(self) -> Task:
+        """The beat's task: resume all clients at each beat.
+
+        Beats follow a fixed schedule; missed beats are skipped.
+        """
+        due = time.monotonic()
+        while True:
+            self.beats += 1
+            self.loop.wake(self.clients)
+            now = time.monotonic()
+            due = now + self.every - (now - due) % self.every
+            while time.monotonic() < due:
+                self.loop.timers[NO_DESCRIPTOR] = due
+                yield 0
+
+    def serve(self, client: Client) -> Task:
+        """A client's task: its life from its seat to its end."""
+        try:
+            client.sock.setblocking(False)
+            while not self.serving:  # what the client sends meanwhile waits in the kernel
+                interest = 0 if client.has_sent() else EPOLLIN
+                if client.at_eof:  # a port probe: it connects, sends nothing and closes
+                    break
+                yield interest
+            else:
+                yield from self.protocol(client)
+        except MemoryError:
+            raise
+        except Exception as error:  # the connection is broken, or the protocol has a fault
+            reset = isinstance(error, ConnectionError)
+            client.reason = "was reset" if reset else f"was lost ({getattr(error, 'strerror', repr(error))})"
+            with suppress(OSError):  # what had arrived before is still there: read it
+                arrived = client.received + client.unread()
+                while client.received < arrived and not client.at_eof:
+                    while self.messages.full:
+                        yield 0
+                    client.receive()
+            with suppress(OSError):  # close with a reset, not an end of file: the stream is incomplete
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.release(client)
 
     def release(self, client: Client) -> None:
-        """Take back the seat of a client that is gone; the next in the backlog can have it."""
-        del self.clients[client]
-        received, sent = client.received, client.sent // client.size
-        self.received += received
-        self.sent += sent
-        self.log.write(f"{client.name} {client.how}: {self.tally(received, sent)}, {self.taken()}\n")
-        self.update()
+        """Close a connection; the next one in the backlog can have its seat."""
+        client.show(b"", final=True)
+        self.loop.forget(client.descriptor)
+        del self.clients[client.descriptor]
+        with suppress(OSError):  # the descriptor is free even so: close(2)
+            client.sock.close()
+        received, sent = client.received, client.sent // self.unit_size
+        self.received, self.sent = self.received + received, self.sent + sent
+        note = "" if self.serving else ", not counted as a client"
+        self.log.write_line(
+            f"{client.name} {client.reason}: {self.totals(received, sent)}{note}, {self.seats_taken()}"
+        )
+        self.loop.wake([self.listener.fileno()])
 
-    def stop(self) -> None:
-        """Sum up.  No ping is to stay cut, for the kernel goes on with what it was given."""
-        for client in self.clients:
-            client.show(b"", final=True)
-            client.ended = True
-            if client.unsent():
-                client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
-                client.send(client.unsent())
-        received = self.received + sum(client.received for client in self.clients)
-        sent = self.sent + sum(client.sent // client.size for client in self.clients)
-        served = count(self.accepted if self.serving else 0, "client")
-        self.log.write(f"stopped: {served} served, {self.tally(received, sent)}\n")
+    def finish(self) -> None:
+        """Serve what has arrived.  The kernel sends each client its end of file when the server exits."""
+        self.serving = True
+        self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # a client that waited is served
+        deadline = time.monotonic() + FINISH_TIMEOUT
+        for client in list(self.clients.values()):  # a copy, because a client that ends leaves it
+            with suppress(OSError):
+                self.finish_client(client, deadline)
 
-    def taken(self) -> str:
-        """How many seats are taken, in words."""
+    def finish_client(self, client: Client, deadline: float) -> None:
+        """Read what has arrived up to now, and what follows before the deadline; complete a cut ping."""
+        arrived, progress = client.received + client.unread(), True
+        while client.received < arrived or time.monotonic() < deadline:
+            if self.messages.full:
+                self.messages.drain()
+            before = client.received + client.sent
+            if progress:
+                self.loop.resume([(client.descriptor, EPOLLIN)])
+                progress = client.received + client.sent > before
+                if client.descriptor not in self.clients:
+                    return
+            elif not client.receive():  # the protocol reads no more, such as an echo that is not taken
+                break
+        client.show(b"", final=True)
+        cut = client.sent % self.unit_size
+        if cut:
+            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
+            client.send(PING[cut:])
+
+    def summary(self) -> str:
+        """Return the last line of the log."""
+        received = self.received + sum(client.received for client in self.clients.values())
+        sent = self.sent + sum(client.sent // self.unit_size for client in self.clients.values())
+        dropped = f", {count(self.log.dropped, 'log line')} dropped" if self.log.dropped else ""
+        return f"stopped: {count(self.served, 'client')} served, {self.totals(received, sent)}{dropped}"
+
+    def seats_taken(self) -> str:
+        """Return how many seats are taken, as text."""
         return f"{len(self.clients):,} of {count(self.seats, 'seat')} taken"
 
-    def tally(self, received: int, sent: int) -> str:
-        """Bytes received and units (bytes or pings) sent, in words."""
-        return f"{count(received, 'byte')} received, {count(sent, self.kind.noun)} sent"
+    def totals(self, received: int, sent: int) -> str:
+        """Return bytes received and units (bytes or pings) sent, as text."""
+        return f"{count(received, 'byte')} received, {count(sent, self.unit)} sent"
 
 
-def listen(options: argparse.Namespace) -> socket.socket:
-    """A non-blocking listener.  Exits where none is to be had."""
-    host, port = options.host or "0.0.0.0", options.port
+def listen(options: Any) -> socket.socket:
+    """Return a listener on the first of the host's addresses that can be used.  Raises CannotContinue."""
+    host = options.host or "0.0.0.0"
+    if host[0] + host[-1] == "[]":
+        host = host[1:-1]
+    errors: list[Exception] = []
     try:
-        family, *_, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))  # IPv4 first
-        sock = socket.socket(family)
-        for level, option, value in OPTIONS:
+        # A name in bytes needs no codec for international names, and so no import of three modules.
+        name = host.encode() if host.isascii() else host
+        for family, _, _, _, address in sorted(
+            socket.getaddrinfo(name, options.port, type=socket.SOCK_STREAM)
+        ):
+            try:
+                return listen_on(family, address, options)
+            except OSError as error:
+                errors.append(error)
+    except (OSError, UnicodeError) as error:  # the name has no address, or is no name
+        errors.append(error)
+    reason = getattr(errors[0], "strerror", None) or errors[0]
+    if getattr(errors[0], "errno", 0) == errno.EADDRINUSE:
+        reason = (
+            "address already in use (another program uses this port; stop it, or choose another with --port)"
+        )
+    raise CannotContinue(f"cannot listen on {name_of((host, options.port))}: {reason}")
+
+
+def listen_on(family: int, address: Any, options: Any) -> socket.socket:
+    """Return a non-blocking listener.  Raises OSError."""
+    sock = socket.socket(family)
+    for level, option, value in (  # socket(7), tcp(7); the connections inherit them
+        (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),  # restart while old connections linger
+        (socket.SOL_SOCKET, socket.SO_REUSEPORT, options.reuse_port),
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),  # an urgent byte keeps its place in the stream
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # a short answer leaves immediately
+        (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16384),  # bounds the kernel memory of unread pings
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # detects a peer that vanished without closing:
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # after 60 s of silence,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),  # probes it every 10 s,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),  # 6 times
+        (socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 10000),  # the same for data that it does not acknowledge
+    ):
+        try:
             sock.setsockopt(level, option, value)
-        if options.reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
-        sock.bind(address)
-        sock.listen(min(max(options.connections, socket.SOMAXCONN), 65535))
-        sock.setblocking(False)
-        return sock
-    except (OSError, UnicodeError) as error:
-        if getattr(error, "errno", 0) == errno.EADDRINUSE:
-            error = OSError("it is in use; stop the program that has it, or choose another with --port")
-        sys.exit(f"cannot listen on {host}, port {port}: {error}")
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:  # this kernel does not know the option
+                raise
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
+    sock.bind(address)
+    sock.listen(min(max(options.connections, socket.SOMAXCONN), 65535))
+    sock.setblocking(False)  # a connection may vanish after epoll has reported it
+    return sock
 
 
-# -------------------------------------------------------------------- the loop, made visible
+# -------------------------------------------------------------------- standard output and standard error
+
+
+class Output:
+    """A queue for standard output or standard error, which may stall like any peer.
+
+    Text that is queued during a batch of events is written after the batch.
+    """
+
+    def __init__(self, loop: Loop, stream: TextIO | None, name: str) -> None:
+        """`stream` is None if the output was closed before the start, or is not wanted."""
+        self.loop, self.name, self.open = loop, name, stream is not None
+        self.queue = bytearray()
+        self.full = False  # from OUTPUT_LIMIT on, until everything is written
+        self.dropped = 0  # log lines
+        self.failure = ""  # why nothing is written any more
+        self.lost = 0  # bytes since then
+        if stream is not None:
+            self.descriptor, self.encoding = stream.fileno(), stream.encoding
+            self.nonblocking = open_nonblocking(self.descriptor)
+
+    def write(self, text: str) -> None:
+        """Queue text.  The caller looks at `full` before, or the queue grows."""
+        if not self.open or not text:
+            return
+        data = text.encode(self.encoding, "backslashreplace")
+        if self.failure:
+            self.lost += len(data)
+            return
+        if not self.queue:
+            self.loop.wake([self.descriptor])
+        self.queue += data
+        self.full = self.full or len(self.queue) > OUTPUT_LIMIT
+
+    def write_line(self, line: str) -> None:
+        """Queue a line of the log, or drop and count it while the output is full."""
+        if self.full:
+            self.dropped += 1
+        else:
+            self.write(f"{line}\n")
+
+    def run(self) -> Task:
+        """The output's task: write what is queued, as fast as it is read."""
+        reported = 0  # dropped lines
+        while True:
+            self.flush()
+            if self.failure and self.name == "standard output":
+                raise CannotContinue(f"{self.name} {self.failure}")
+            if self.full and not self.queue:
+                self.full = False
+                if self.dropped > reported:
+                    dropped = count(self.dropped - reported, "log line")
+                    self.write_line(f"{dropped} dropped: {self.name} was full")
+                    reported = self.dropped
+                self.loop.wake(self.loop.tasks)  # the clients can be read again
+            try:
+                yield EPOLLOUT if self.queue else 0
+            except OSError:  # epoll cannot watch it now: try again later
+                self.loop.timers[self.descriptor] = time.monotonic() + RETRY_DELAY
+                yield 0
+
+    def flush(self) -> None:
+        """Write as much as does not block."""
+        try:
+            while self.queue:
+                del self.queue[: write_nonblocking(self.descriptor, self.nonblocking, self.queue)]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.give_up(f"can no longer be written: {error.strerror}")
+
+    def drain(self) -> None:
+        """Write everything, or give up when nothing is read for FLUSH_TIMEOUT.  This waits."""
+        self.flush()
+        while self.queue:
+            if not select([], [self.descriptor], [], FLUSH_TIMEOUT)[1]:
+                self.give_up("has stalled")
+            self.flush()
+        self.full = False
+
+    def give_up(self, failure: str) -> None:
+        """Write nothing any more, and count the bytes that are lost."""
+        self.failure, self.lost = failure, len(self.queue)
+        self.queue.clear()
+
+
+def open_nonblocking(descriptor: int) -> int | None:
+    """Return a descriptor of the same output to which a write never waits; None if there can be none.
+
+    O_NONBLOCK on an inherited descriptor affects every process that shares it, such as the shell
+    (fcntl(2)).  So open the pipe or terminal again.
+    """
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor  # a file has no reader to wait for
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    with suppress(OSError):  # a socket, another user's terminal (after su), or no /proc
+        return os.open(f"/proc/self/fd/{descriptor}", flags)
+    return None
+
+
+def write_nonblocking(descriptor: int, nonblocking: int | None, data: bytearray) -> int:
+    """Write some of the bytes; return how many.  Raises BlockingIOError instead of waiting."""
+    if nonblocking is not None:
+        return write(nonblocking, data)
+    if select([], [descriptor], [], 0)[1]:
+        size = 1 if os.isatty(descriptor) else PIPE_BUF  # that much does not block: pipe(7)
+        return write(descriptor, data[:size])
+    raise BlockingIOError
+
+
+# -------------------------------------------------------------------- the stop signal
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def catch_signals() -> int:
+    """Return a descriptor that becomes readable when a stop signal arrives: signal.set_wakeup_fd()."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handle_signals(lambda *_: None)  # no byte is written unless a Python handler is installed
+    return reader
+
+
+def handle_signals(handler: Any) -> None:
+    """Set the handler of the stop signals.  One that is ignored stays ignored: nohup(1), background jobs."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def stop_signal(loop: Loop) -> Task:
+    """The signal pipe's task: end the loop after the current batch of events.
+
+    The pipe is never drained: its first byte ends the loop, and further bytes do no harm.
+    """
+    while not (yield EPOLLIN):
+        pass
+    loop.running = False
+
+
+# -------------------------------------------------------------------- the trace
 
 
 class TracedLoop(Loop):
-    """A loop that tells what it does (--trace): each wait, each event, and what was done about it.
+    """A loop that logs what it does (--trace): a cause first, then its effects, indented.
 
-    It wraps the handlers as they are handed to the loop; they do not know of it.
+    Polls that report nothing are not logged, nor are the outputs: each line would cause another.
     """
 
-    log: Output
-    start = time.monotonic()
-    lost = 0  # lines, while the log was full
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: Output | None = None
+        self.names: dict[int, str] = {}
+        self.counted: dict[int, object] = {}
+        self.began, self.depth = time.monotonic(), 0
 
-    def tell(self, who: str, what: str, done: str) -> None:
-        """One line: the time in seconds, who, what epoll was told or reported, what was done."""
-        if self.log.size > PENDING_LIMIT:
-            self.lost += 1
-            return
-        lost, self.lost = f"({self.lost} lines before this lost)" if self.lost else "", 0
-        line = f"{time.monotonic() - self.start:8.3f}  {who:<15}  {what:<16}  {done}{lost}"
-        self.log.write(f"{line.rstrip()}\n")
-
-    def told(self, handler: Any, *events: int) -> None:
-        """Call the handler, and tell what it did."""
-        room = handler.__self__
-        before = [getattr(room, deed, 0) for deed in DEEDS]
-        handler(*events)
-        after = [getattr(room, deed, 0) for deed in DEEDS]
-        done = [f"{deed} {new - old:,}" for deed, old, new in zip(DEEDS, before, after) if new > old]
-        if room is not self.log:  # each of whose lines would make another
-            self.tell(room.name, event_names(*events) if events else "timer", ", ".join(done))
+    def trace(self, text: str) -> None:
+        """Log a line: the time in seconds, and the text, indented by its depth."""
+        if self.log:
+            self.log.write_line(f"{time.monotonic() - self.began:8.3f}  {'  ' * self.depth}{text}")
 
     def wait(self) -> Iterable[tuple[int, int]]:
-        """Loop.wait, told: how long it slept, how many were ready."""
-        start = time.monotonic()
+        """Loop.wait, traced: how many descriptors are ready, and how long that took."""
+        began = time.monotonic()
         ready = list(super().wait())
-        self.tell("loop", "epoll_wait", f"slept {time.monotonic() - start:.3f} s, {len(ready)} ready")
+        if ready:
+            self.trace(f"epoll_wait: {len(ready)} ready after {time.monotonic() - began:.3f} s")
         return ready
 
-    def due(self) -> Iterable[Callable[[], None]]:
-        """Loop.due, whose callbacks will tell what they did."""
-        return [functools.partial(self.told, callback) for callback in super().due()]
+    def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
+        """Loop.start, which remembers the name and what is counted."""
+        self.names[descriptor], self.counted[descriptor] = name, counted
+        super().start(name, descriptor, task, counted)
 
-    def watch(self, descriptor: int, interest: int, handler: Any) -> None:
-        """Loop.watch, told, with a handler that will tell what it did."""
-        if handler.__self__ is not self.log and interest != self.interests.get(descriptor, 0):
-            self.tell(handler.__self__.name, "epoll_ctl", f"waits for {event_names(interest) or 'nothing'}")
-        super().watch(descriptor, interest, functools.partial(self.told, handler))
+    def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
+        """Loop.resume, traced."""
+        for descriptor, events in batch:
+            if events is None or self.log is None or self.names[descriptor].startswith("standard "):
+                super().resume([(descriptor, events)])
+            else:
+                self.resume_one(descriptor, events, self.log)
+
+    def resume_one(self, descriptor: int, events: int, log: Output) -> None:
+        """Log which task is resumed and why, resume it, and log what it has done."""
+        name, counted, depth = self.names[descriptor], self.counted[descriptor], self.depth
+        self.depth = 0 if name == "beat" else 1
+        self.trace(f"{name}: {event_names(events) or 'resumed'}")
+        self.depth += 1
+        place, before = len(log.queue), [getattr(counted, attribute, None) for attribute in EFFECTS]
+        super().resume([(descriptor, events)])
+        after = [getattr(counted, attribute, None) for attribute in EFFECTS]
+        effects = [text(old, new) for text, old, new in zip(EFFECTS.values(), before, after) if old != new]
+        if effects:
+            later = log.queue[place:]  # the lines that the task itself has logged
+            del log.queue[place:]
+            self.trace(", ".join(effects))
+            log.queue += later
+        self.depth = depth
+
+    def set_interest(self, descriptor: int, interest: int) -> None:
+        """Loop.set_interest, traced."""
+        super().set_interest(descriptor, interest)
+        if not self.names[descriptor].startswith("standard "):
+            self.trace(f"epoll_ctl: {self.names[descriptor]} waits for {event_names(interest) or 'nothing'}")
 
 
-DEEDS = "accepted", "beats", "received", "sent"  # what a room counts
+EFFECTS: dict[str, Callable[[Any, Any], str]] = {  # what to log when an attribute has changed
+    "beats": lambda old, new: f"beat {new:,}",
+    "received": lambda old, new: f"received {new - old:,}",
+    "sent": lambda old, new: f"sent {new - old:,}",
+    "at_eof": lambda old, new: "end of file",
+    "reason": lambda old, new: str(new),
+}
 
 
 def event_names(events: int) -> str:
-    """An event mask in epoll's words: `EPOLLIN EPOLLOUT`."""
+    """Return an event mask in epoll's words: `EPOLLIN EPOLLOUT`."""
     names = {EPOLLIN: "EPOLLIN", EPOLLOUT: "EPOLLOUT", EPOLLERR: "EPOLLERR", EPOLLHUP: "EPOLLHUP"}
     return " ".join(name for bit, name in names.items() if events & bit)
 
 
 # -------------------------------------------------------------------- the command line
 
+EPILOG = """\
+examples:
+  two terminals, and the server starts serving with the second client:
+    python3 non_block_io_server.py
+    python3 client.py
+  an echo for tests, on a free port that the first line shows:
+    python3 non_block_io_server.py --echo --port 0 --connections 100 --wait-for 1
+  a heartbeat:
+    python3 non_block_io_server.py --every 1 --wait-for 1
+
+With --host 0.0.0.0 (every IPv4 address) or :: (IPv6 also), anyone who can reach this machine can connect.
+
+exit status:
+  0  stopped by SIGINT, SIGTERM or SIGHUP
+  1  the server cannot continue; one line says why
+  2  wrong usage
+"""
+NO_EPOLL = """\
+this system has no epoll: run the server on Linux, in a container (docker run --rm -it -p 10001:10001 \
+-v "$PWD:/app" python /app/non_block_io_server.py --host 0.0.0.0), a virtual machine or WSL"""
+
 
 def arguments() -> argparse.Namespace:
-    """The command line.  Wrong usage ends the program, with argparse's message and status 2."""
-    parser = argparse.ArgumentParser(description="Serve pings to TCP clients, and show what they send.")
+    """Return the options of the command line.  Wrong usage raises SystemExit, with status 2."""
+    parser = argparse.ArgumentParser(
+        description="Serve TCP clients in one thread: send them pings, and print what they send.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="(127.0.0.1); 0.0.0.0: all IPv4, :: all")
-    add("--port", type=int, default=10001, metavar="N", help="(10001); 0: a free one")
-    add("--connections", type=int, default=2, metavar="N", help="seats (2)")
-    add("--wait-for", type=int, metavar="M", help="begin to serve when M clients are there (N)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=10001, metavar="N", help="port; 0 is any free one (default: %(default)s)")
+    add("--connections", type=int, default=2, metavar="N", help="number of seats (default: %(default)s)")
+    add("--wait-for", type=int, metavar="M", help="start serving when M clients are connected (default: N)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--echo", action="store_true", help="send each client its own bytes, not pings")
     kind.add_argument("--every", type=float, metavar="SECONDS", help="send one ping every SECONDS")
     add("--quiet", action="store_true", help="print no messages")
     add("--reuse-port", action="store_true", help="share the port with other copies (SO_REUSEPORT)")
-    add("--trace", action="store_true", help="tell each turn of the loop")
+    add("--trace", action="store_true", help="log what the loop does, without busy polls")
     options = parser.parse_args()
-    options.wait_for = options.connections if options.wait_for is None else options.wait_for
-    limits = (("port", 0, 65535), ("connections", 1, 10**7), ("wait_for", 1, options.connections))
-    for option, least, most in limits:
-        if not least <= getattr(options, option) <= most:
-            parser.error(f"argument --{option.replace('_', '-')}: must be from {least} to {most}")
+    if options.wait_for is None:
+        options.wait_for = options.connections
+    for name, least, most in (
+        ("port", 0, 65535),
+        ("connections", 1, 10**7),
+        ("wait_for", 1, options.connections),
+    ):
+        if not least <= getattr(options, name) <= most:
+            parser.error(f"argument --{name.replace('_', '-')}: must be from {least} to {most}")
     if options.every is not None and not 0 < options.every < float("inf"):
         parser.error("argument --every: must be a positive, finite number of seconds")
+    if options.host == "*":
+        parser.error("argument --host: for every address use 0.0.0.0 (IPv4) or :: (IPv6 also)")
     return options
 
 
-def allow_files(needed: int, log: Output) -> None:
-    """Raise the soft limit on open files to what is needed, as far as the hard limit lets us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < needed:  # negative: RLIM_INFINITY
-        soft = needed if hard < 0 else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        if soft < needed:
-            log.write(f"the seats need {needed:,} open files, but the hard limit is {hard:,} (ulimit -Hn)\n")
+def main(protocol: Protocol = flood) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP, as the command line says; then raise SystemExit.
 
-
-def main() -> None:
-    """Serve until a signal comes.  Exits with status 1, and a line that says why, where that cannot be."""
+    `protocol` is what a client is served without --echo and --every.  The exit status is 0 after a
+    signal, 1 if the server cannot continue (one line on standard error says why), 2 for wrong usage.
+    """
     options = arguments()
-    loop = TracedLoop() if options.trace else Loop()
-    messages = Output(loop, None if options.quiet else sys.stdout, "standard output", vital=True)
-    log = Output(loop, sys.stderr, "standard error", vital=False)
-    if messages.open and log.open and os.path.sameopenfile(messages.descriptor, log.descriptor):
-        log = messages  # two would write into the midst of each other's lines
-    if isinstance(loop, TracedLoop):
-        loop.log = log
+    if epoll is None:
+        sys.exit(NO_EPOLL)
     try:
-        StopSignal(loop)
-        allow_files(options.connections + SPARE_FILES, log)
-        if not messages.open and not options.quiet:
-            log.write("standard output is not open: messages are not shown\n")
-        listener = Listener(loop, options, messages, log)
-        loop.run()
-        listener.stop()
-        left = messages.drain() if messages is not log else 0
-        if left:
-            log.write(f"{messages.name} has stalled: {count(left, 'byte')} not written\n")
-    except (OSError, SystemExit) as error:  # not left to Python: it would wait for a stalled stream
-        log.write(f"{error}\n")
-        sys.exit(1)
-    finally:
-        log.drain()
+        status = run(options, echo if options.echo else heartbeat if options.every else protocol)
+    except CannotContinue as failure:
+        sys.exit(str(failure))
+    except MemoryError:
+        write(2, OUT_OF_MEMORY)
+        os._exit(1)  # Python's own exit could need memory
+    sys.exit(status)
+
+
+def run(options: argparse.Namespace, protocol: Protocol) -> int:
+    """Start the tasks, run the loop, and write the last lines.  Return the exit status."""
+    signals = attempt("catch signals", catch_signals)
+    loop = attempt("create an epoll instance", TracedLoop if options.trace else Loop)
+    stdout = None if options.quiet else sys.stdout
+    messages = attempt("use standard output", Output, loop, stdout, "standard output")
+    log = attempt("use standard error", Output, loop, sys.stderr, "standard error")
+    if messages.open and log.open and os.path.sameopenfile(messages.descriptor, log.descriptor):
+        log = messages  # two queues would write into the middle of each other's lines
+    server = Server(loop, options, protocol, messages, log)
+    address = name_of(attempt("read the listener's address", server.listener.getsockname))
+    log.write_line(f"listening on {address}, waiting for {count(options.wait_for, 'client')}")
+    raise_file_limit(options.connections + SPARE_FILES, log)
+    if not messages.open and not options.quiet:
+        log.write_line("standard output is not open: messages are not shown")
+    failure = ""
+    try:
+        for output in {messages, log}:
+            if output.open:
+                loop.start(output.name, output.descriptor, output.run())
+        if isinstance(loop, TracedLoop):
+            loop.log = log
+        attempt("watch for signals", loop.start, "signal", signals, stop_signal(loop))
+        loop.start("listener", server.listener.fileno(), server.accept())
+        attempt("wait for events", loop.run)
+    except CannotContinue as error:
+        # Ctrl-C also ends the program that reads our pipe.  The pipe may break before the signal arrives.
+        if not (messages.failure and select([signals], [], [], SIGNAL_TIMEOUT)[0]):
+            failure = str(error)
+    except MemoryError:
+        failure = OUT_OF_MEMORY.decode().rstrip()
+    handle_signals(signal.SIG_IGN)  # a second one does not change the exit status
+    server.finish()
+    log.write(f"{failure or server.summary()}\n")
+    messages.drain()
+    if messages.lost and not failure:
+        log.write(f"{messages.name} {messages.failure}: {count(messages.lost, 'byte')} not written\n")
+    log.drain()
+    return 1 if failure else 0
+
+
+def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return function(*arguments).  An OSError becomes CannotContinue, which says what failed."""
+    try:
+        return function(*arguments)
+    except OSError as error:
+        raise CannotContinue(f"cannot {what}: {error.strerror}") from None
+
+
+def raise_file_limit(needed: int, log: Output) -> None:
+    """Raise the soft limit on open files, as far as the hard limit allows; log a warning if it is too low."""
+    try:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < needed:  # negative: RLIM_INFINITY
+            limit = needed if hard < 0 else min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            if limit < needed:
+                log.write_line(
+                    f"the seats need {needed:,} open files, but the hard limit is {hard:,} (ulimit -Hn)"
+                )
+    except (OSError, ValueError) as error:
+        log.write_line(f"cannot raise the limit on open files to {needed:,}: {error}")
 
 
 if __name__ == "__main__":
