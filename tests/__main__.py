@@ -85,13 +85,11 @@ def main() -> None:
                 fail(f"pip installed pytest in {VENV}, but this Python cannot import it")
 
     # Paths among the arguments are relative to the current directory.  Without one, pytest takes testpaths.
-    settings = [
-        "testpaths=" + shlex.quote(os.path.relpath(HERE)),
-        "cache_dir=" + os.path.join(ROOT, ".pytest_cache"),
-    ]
     options = ["-c", os.path.join(ROOT, ".pytest.ini"), "--rootdir", os.getcwd()]
-    options += [word for setting in settings for word in ("-o", setting)]
-    if not os.access(ROOT, os.W_OK):
+    options += ["-o", "testpaths=" + shlex.quote(os.path.relpath(HERE))]
+    if os.access(ROOT, os.W_OK):
+        options += ["-o", "cache_dir=" + os.path.join(ROOT, ".pytest_cache")]
+    else:
         options += ["-p", "no:cacheprovider"]
     sys.argv[1:1] = options
     runpy.run_module("pytest", run_name="__main__", alter_sys=True)  # as `python3 -m pytest`

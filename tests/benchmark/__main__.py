@@ -56,6 +56,7 @@ from benchmark.processes import (
     read,
     running,
     serving,
+    use_core,
 )
 from benchmark.report import Column, Figures, Samples, column, paired, ratio, table
 
@@ -99,7 +100,9 @@ class Bench:
             if not self.machine[tool]:
                 self.missing.append(f"{tool}: it is not installed")
         if SERVER_CORE == LOAD_CORE:
-            self.missing.append("the server on a core of its own: there is only one")
+            self.missing.append(
+                "the server on a core of its own: this Python cannot choose one, or there is one only"
+            )
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -400,14 +403,17 @@ class Bench:
     def report(self) -> Iterator[str]:
         """Yield the figures, for a person."""
         yield paragraph("; ".join(f"{key}: {value}" for key, value in self.machine.items() if value) + ".")
+        cores = f"Server on core {SERVER_CORE}, load on core {LOAD_CORE}"
+        if SERVER_CORE == LOAD_CORE:
+            cores = "Server and load on any core"
         yield paragraph(
-            f"Server on core {SERVER_CORE}, load on core {LOAD_CORE}; rounds: {self.rounds}, of"
-            f" {self.seconds} s. All figures are medians. A column with '÷ theirs' divides this server's"
-            " figure (in the table of a file, client.py's) by that of the row, round by round. More than 1"
-            " is better for echoes/s and MB/s; less than 1 is better for times."
+            f"{cores}; rounds: {self.rounds}, of {self.seconds} s. All figures are medians."
+            " A column with '÷ theirs' divides this server's figure (in the table of a file, client.py's)"
+            " by that of the row, round by round. More than 1 is better for echoes/s and MB/s; less than 1"
+            " is better for times."
         )
         if not self.complete:
-            yield paragraph("The benchmark was interrupted: the figures are those of fewer rounds.")
+            yield paragraph("The benchmark ended early: the figures are those of fewer rounds.")
         yield from filter(None, self.tables())
         idle = [
             f"{part}, {name} ({busy:.0%})"
@@ -486,7 +492,7 @@ def main() -> int:
         progress(f"this takes about {duration(seconds)}; Ctrl-C ends it early and shows the figures so far")
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, stop)
-        os.sched_setaffinity(0, {LOAD_CORE})
+        use_core(LOAD_CORE)
         try:
             for part in parts:
                 PARTS[part](bench)

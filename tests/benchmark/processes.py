@@ -23,7 +23,7 @@ PYTHON = sys.executable
 SERVER = [PYTHON, os.path.join(ROOT, "non_block_io_server.py"), "--port", "0"]
 LECTURE = "the lecture's script"
 
-CORES = sorted(os.sched_getaffinity(0))
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]  # PyPy has none
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 TIMEOUT = 60  # seconds to wait for a process
 MESSAGE = b"Some message... " * 4
@@ -31,6 +31,12 @@ MESSAGE = b"Some message... " * 4
 
 class Failure(Exception):
     """A wrong byte, or a server that has ended."""
+
+
+def use_core(core: int) -> None:
+    """Run on this core, if there is more than one to choose from."""
+    if len(CORES) > 1:
+        os.sched_setaffinity(0, {core})
 
 
 def progress(text: str) -> None:
@@ -42,10 +48,10 @@ def progress(text: str) -> None:
 def running(command: list[str], core: int, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process on a core, its other streams on /dev/null; it has ended when the block ends."""
     streams = {**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL), **streams}
-    os.sched_setaffinity(0, {core})  # the child inherits it, so it holds from the first instruction
+    use_core(core)  # the child inherits it, so it holds from the first instruction
     process = subprocess.Popen(command, **streams)
     try:
-        os.sched_setaffinity(0, {LOAD_CORE})
+        use_core(LOAD_CORE)
         yield process
     finally:
         process.terminate()
