@@ -74,10 +74,10 @@ def consoles(lines: list[str]) -> Iterator[Block]:
 def plain(text: str) -> str:
     """Return the text as it is seen, without what differs from run to run.
 
-    These are numbers, addresses in memory, the plural that follows a number, and the width they take.
+    These are numbers with their sign, addresses in memory, the plural that follows a number, and the width they take.
     """
     text = re.sub(r"[^\n]*\r(?!\n)", "", text.replace("\r\n", "\n"))  # overwritten
-    text = re.sub(r"0x[0-9a-f]+|\d+(?:[.,]\d+)*", "#", text)
+    text = re.sub(r"0x[0-9a-f]+|-?\d+(?:[.,]\d+)*", "#", text)
     text = re.sub(r"(# (?:client|seat|message|byte|ping))s\b", r"\1", text)
     return re.sub(r" +\n", "\n", re.sub(r" +", " ", text))
 
