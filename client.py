@@ -165,6 +165,12 @@ def handle_stop_signals(handler: Any) -> None:
             signal.signal(number, handler)
 
 
+def is_file(descriptor: int) -> bool:
+    """Return whether a write to the descriptor never waits for a reader."""
+    mode = os.fstat(descriptor).st_mode
+    return WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
 def open_output() -> tuple[int, int]:
     """Return a descriptor of standard output, and how many bytes one write to it may hold.
 
@@ -172,8 +178,7 @@ def open_output() -> tuple[int, int]:
     O_NONBLOCK prevents that, but on an inherited descriptor it affects every process that shares
     it, such as the shell.  So reopen it.  Where this is not possible, PIPE_BUF bytes always fit.
     """
-    mode = os.fstat(1).st_mode
-    if WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode):  # files never wait for a reader
+    if is_file(1):
         return 1, SIZE
     with suppress(OSError):
         descriptor = os.open("/dev/fd/1", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -201,6 +206,7 @@ class Conversation:
         self.newlines, self.last_byte = messages.count(b"\n"), messages[-1:]  # of what was read
         self.failure = self.output_failure = ""  # the first failure; the one of standard output
         self.unanswered = self.silence_reported = False
+        # When to answer the user and prompt, or to report that the server is silent
         self.answer_time = time.monotonic() + SILENCE if messages else NEVER
         self.hold_time = 0.0  # receive nothing before: the user may be pasting lines
         self.signals, self.deadline = 0, NEVER  # number of stop signals; end of the conversation
@@ -353,7 +359,7 @@ class Conversation:
         """Write data; return how many bytes are unwritten when a signal's deadline ends the wait."""
         data = memoryview(data)
         while data:
-            _, writable = ([], [descriptor]) if WINDOWS else self.wait([], [descriptor])
+            _, writable = ([], [descriptor]) if is_file(descriptor) else self.wait([], [descriptor])
             if writable:
                 with suppress(BlockingIOError):
                     data = data[os.write(descriptor, data[: self.write_size]) :]
