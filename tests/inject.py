@@ -91,6 +91,7 @@ ERRORS = {
     "fcntl": "EBADF EINVAL EPERM",
     "fstat": STAT,
     "ftruncate": "EBADF EFBIG EINTR EINVAL EIO ENOSPC EPERM",
+    "getcwd": "EACCES EFAULT ENOENT ENOMEM",
     "getdents64": "EBADF EFAULT EINVAL ENOENT ENOTDIR",
     "getpeername": NAME,
     "getrandom": "EAGAIN EFAULT EINTR EINVAL ENOSYS",
@@ -148,8 +149,8 @@ USUAL = re.compile(r"listening on |serving |client \d+ |stopped: |not accepting"
 # Runs the server's text as Python would, but loads its modules first, and then stops until strace is
 # there.  Where Yama lets only a parent trace, it allows everyone.  kill(0, 0) marks the end.
 LAUNCHER = """
-import os, re, signal, sys
-import encodings.idna, locale
+import argparse, encodings.idna, locale, os, re, signal, sys
+argparse.ArgumentParser().format_help()
 try:
     yama = open("/proc/sys/kernel/yama/ptrace_scope").read().strip()
 except OSError:
@@ -591,6 +592,35 @@ def a_case(text: str) -> Case:
     return Case(mode, call, fault, int(when.replace("when=", "")))
 
 
+def inject(options: argparse.Namespace) -> int:
+    """Run the cases, print those that fail and the total; return the exit status."""
+    if not shutil.which("strace"):
+        raise Skip("strace is not installed")
+    mode = options.case.mode if options.case else options.mode
+    plains = {name: measure(options.server, name) for name in MODES if mode in (None, name)}
+    unknown = {call for plain in plains.values() for call in plain.calls} - {*ERRORS, *NEVER_FAIL}
+    if unknown:
+        print(f"inject: no errno is known for {', '.join(sorted(unknown))}", file=sys.stderr)
+    cases = chosen(options, plains)
+    print(f"inject: {len(cases):,} cases, --seed {options.seed}", file=sys.stderr)
+    failures = missed = done = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = [pool.submit(trial, options.server, case, plains[case.mode]) for case in cases]
+        try:
+            for result in results:
+                reached, text = result.result()
+                done, missed, failures = done + 1, missed + (not reached), failures + bool(text)
+                if text:
+                    print(text, flush=True)
+        except KeyboardInterrupt:
+            print("inject: interrupted", file=sys.stderr)
+        finally:
+            for result in results:
+                result.cancel()
+    print(f"inject: {done:,} cases, {missed:,} not reached, {failures:,} failures")
+    return 1 if failures or done < len(cases) or not done else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Make the server's system calls fail, and check its clients."
@@ -612,35 +642,13 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
     try:
-        if not shutil.which("strace"):
-            raise Skip("strace is not installed")
-        mode = options.case.mode if options.case else options.mode
-        plains = {name: measure(options.server, name) for name in MODES if mode in (None, name)}
+        return inject(options)
     except Skip as reason:
         print(f"inject: skipped: {reason}")
         return SKIP
     except Wrong as wrong:
         print(f"inject: {wrong}")
         return 1
-    unknown = {call for plain in plains.values() for call in plain.calls} - set(ERRORS) - set(NEVER_FAIL)
-    if unknown:
-        print(f"inject: no errno is known for {', '.join(sorted(unknown))}", file=sys.stderr)
-    cases = chosen(options, plains)
-    print(f"inject: {len(cases):,} cases, --seed {options.seed}", file=sys.stderr)
-    failures = missed = done = 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        results = [pool.submit(trial, options.server, case, plains[case.mode]) for case in cases]
-        try:
-            for result in results:
-                reached, text = result.result()
-                done, missed, failures = done + 1, missed + (not reached), failures + bool(text)
-                if text:
-                    print(text, flush=True)
-        except KeyboardInterrupt:
-            for result in results:
-                result.cancel()
-    print(f"inject: {done:,} cases, {missed:,} not reached, {failures:,} failures")
-    return 1 if failures or done < len(cases) or not done else 0
 
 
 if __name__ == "__main__":
