@@ -44,7 +44,7 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from select import select
-from typing import Callable, Iterator, NamedTuple
+from typing import BinaryIO, Callable, Iterator, NamedTuple
 
 from soak import HEADER, STOPPED, Wrong, differ, numbers
 
@@ -308,6 +308,12 @@ def resets(client: Client) -> None:
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+def outlet(is_socket: bool) -> tuple[BinaryIO, int]:
+    """The two ends of what the server writes to: a pipe or a socket, which it must handle differently."""
+    ours, theirs = (end.detach() for end in socket.socketpair()) if is_socket else os.pipe()
+    return open(ours, "rb"), theirs
+
+
 class Run:
     """One case: the server, strace, three clients, and what was wrong."""
 
@@ -334,21 +340,23 @@ class Run:
     def start(self, stack: contextlib.ExitStack, script: str) -> None:
         """Start the server up to its own first call, and attach strace."""
         environment = {**os.environ, "COLUMNS": "80", "LINES": "24", "LANGUAGE": "C", "PYTHONUTF8": "1"}
-        pipe, options = subprocess.PIPE, [*MODES[self.case.mode], "--port", "0"]
-        command = [sys.executable, "-c", LAUNCHER, script, *options]
-        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment)
+        command = [sys.executable, "-c", LAUNCHER, script, *MODES[self.case.mode], "--port", "0"]
+        outputs = [outlet(self.case.mode == "every"), outlet(False)]
+        theirs = [descriptor for _, descriptor in outputs]
+        self.files_of = {os.readlink(f"/proc/self/fd/{theirs[0]}"): "output"}
+        self.files_of[os.readlink(f"/proc/self/fd/{theirs[1]}")] = "log"
+        self.process = subprocess.Popen(command, stdout=theirs[0], stderr=theirs[1], env=environment)
         stack.enter_context(self.process)
         stack.callback(self.process.kill)
-        assert self.process.stdout and self.process.stderr
-        outputs = {"output": self.process.stdout, "log": self.process.stderr}
-        self.files_of = {f"pipe:[{os.fstat(pipe.fileno()).st_ino}]": name for name, pipe in outputs.items()}
-        self.out, self.err = (self.pool.submit(pipe.read) for pipe in outputs.values())
+        for descriptor in theirs:
+            os.close(descriptor)
+        self.out, self.err = (self.pool.submit(stack.enter_context(ours).read) for ours, _ in outputs)
         os.waitpid(self.process.pid, os.WUNTRACED)
         names = f"accept,accept4,getsockname,kill,{self.case.call}" if self.case.fault else "all"
         command = ["strace", "-y", "-o", str(self.trace), "-p", str(self.process.pid), "-e", f"trace={names}"]
         if self.case.fault:
             command += ["-e", "inject={1}:{2}:when={3}".format(*self.case)]
-        self.strace = subprocess.Popen(command, stderr=pipe, text=True)
+        self.strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         stack.enter_context(self.strace)
         stack.callback(self.strace.kill)
         assert self.strace.stderr
@@ -397,6 +405,7 @@ class Run:
         self.until(lambda: self.guests_are_gone() and (self.ready or self.is_gone("B")), "clients are served")
         if self.ready and not self.is_dead():
             self.rest()
+            self.send_signal(signal.SIGSTOP)  # the last word arrives before it knows that it must stop
             self.last_word = True
             self.until(lambda: self.said or b.end, "a last word is sent")
 
@@ -415,10 +424,14 @@ class Run:
             if self.cpu - before > busy:
                 self.wrongs.append("never rests, though nothing happens")
 
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
     def stop(self) -> None:
         """Stop the server.  Its clients end with it."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.terminate()
+        self.send_signal(signal.SIGTERM)
+        self.send_signal(signal.SIGCONT)
         try:
             self.process.wait(DEADLINE)
         except subprocess.TimeoutExpired:
@@ -522,6 +535,11 @@ class Run:
                 self.wrongs.append(str(wrong))
             if summary and not struck and not self.case.is_signal and len(text) != client.sent:
                 self.wrongs.append(f"shown of client {name}: {len(text)} of {client.sent} bytes")
+            served = (
+                text and len(text) == client.sent and client.is_whole
+            )  # nothing is left to read or to send
+            if self.case.is_signal and client.end == "reset" and served:
+                self.wrongs.append(f"client {name} was reset, though everything was read and sent")
         received = numbers(summary[2])[0] if summary else 0
         total = sum(len(text) for text in shown.values())
         if summary and "output" not in struck and received != total:
