@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Many connections at once: copies of the server behind one port, and two echoes over each connection.
+"""Many simultaneous connections: copies of the server behind one port, two echoes over each connection.
 
     python3 tests/many.py
     python3 tests/many.py --connections 500000 --copies 40
 
 The clients are plain sockets in a few processes.  They connect from many loopback addresses, so that
-ports do not run out.  Each client sends bytes of its own right after it has connected, and again when
-all are connected; every byte that comes back is checked.  Descriptors and memory are read before, at
-the peak, and after all clients have left.
+ports do not run out.  Each client sends bytes of its own when it has connected, and again when all
+clients are connected.  Every byte of the echoes is checked.  Descriptors and memory are read before,
+at the peak, and after all clients have left.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import IO, Callable, Iterable, Iterator, NamedTuple
 from soak import LISTENING, STOPPED, Wrong, numbers
 
 SIZE = 64  # bytes of one echo
-WINDOW = 128  # echoes that a process of clients waits for at once: a backlog must not overflow
+WINDOW = 128  # echoes in flight in each process of clients: more could overflow a backlog
 PER_ADDRESS = 10_000  # connections from one address; the kernel has some 28,000 ports for each
 SPARE_FILES = 64  # descriptors of a process besides its connections
 MEMORY = 8192  # bytes of the machine's memory that a connection needs, at both of its ends
@@ -44,7 +44,7 @@ CAUSES = {
     errno.EADDRNOTAVAIL: "the range of ports (net.ipv4.ip_local_port_range)",
     errno.ENOBUFS: "the machine's memory",
     errno.ENOMEM: "the machine's memory",
-    errno.EAGAIN: "the backlog (net.core.somaxconn), or too few copies",  # nothing for DEADLINE seconds
+    errno.EAGAIN: "the backlog (net.core.somaxconn), or too few copies",  # no echo for DEADLINE seconds
 }
 
 
@@ -171,7 +171,7 @@ def clients(process: int, count: int, orders: Connection) -> None:
             orders.send(str(wrong))
         except OSError as error:
             number = errno.EAGAIN if isinstance(error, socket.timeout) else error.errno or 0
-            orders.send(f"{error}: {CAUSES.get(number, 'this error')} is what stops it")
+            orders.send(f"{error}: the limit is {CAUSES.get(number, 'unknown')}")
     orders.recv()
     for descriptor in held:
         os.close(descriptor)
@@ -202,7 +202,7 @@ def state_of(copies: list[Copy]) -> State:
 
 
 def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
-    """Hold all connections at once, and check them; return the summary."""
+    """Hold all connections open together, and check them; return the summary."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 1 << 20 if files == resource.RLIM_INFINITY else files
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -252,7 +252,7 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
         raise Wrong(f"the copies served {served:,} clients, received {received:,} and sent {sent:,} bytes")
     used = before.available - peak.available
     return (
-        f"{count:,} connections at once over {options.copies:,} copies, {2 * count:,} echoes,"
+        f"{count:,} simultaneous connections over {options.copies:,} copies, {2 * count:,} echoes,"
         f" {2 * SIZE * count:,} bytes checked, 0 wrong;"
         f" descriptors of the copies: {before.files:,}, at the peak {peak.files:,}, after {after.files:,};"
         f" their memory: {before.resident >> 20:,}, {peak.resident >> 20:,}, {after.resident >> 20:,} MiB"
@@ -265,10 +265,10 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Hold many connections at once, and check two echoes over each."
+        description="Hold many connections open together, and check two echoes over each."
     )
     add = parser.add_argument
-    add("--connections", type=int, default=2000, metavar="N", help="connections at once (default: 2000)")
+    add("--connections", type=int, default=2000, metavar="N", help="simultaneous connections (default: 2000)")
     add("--copies", type=int, default=2, metavar="N", help="copies of the server on one port (default: 2)")
     add("--server", default=str(Path(__file__).parents[1] / "non_block_io_server.py"), help=argparse.SUPPRESS)
     options = parser.parse_args()

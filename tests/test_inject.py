@@ -67,7 +67,7 @@ def test_a_sample_of_faults_does_no_harm() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     found = re.fullmatch(r"inject: 30 cases, (\d+) not reached, 0 failures\n", result.stdout)
     assert found, result.stdout
-    assert int(found[1]) < 10
+    assert int(found[1]) < 15
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,9 @@ def test_says_why_it_cannot_inject(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_holds_many_connections() -> None:
     result = run("many.py", "--connections", "1000", "--copies", "2")
     assert result.returncode == 0, result.stdout + result.stderr
-    start = "many: 1,000 connections at once over 2 copies, 2,000 echoes, 128,000 bytes checked, 0 wrong; "
+    start = (
+        "many: 1,000 simultaneous connections over 2 copies, 2,000 echoes, 128,000 bytes checked, 0 wrong; "
+    )
     assert result.stdout.startswith(start)
     found = re.search(r"descriptors of the copies: (\d+), at the peak ([\d,]+), after (\d+);", result.stdout)
     assert found, result.stdout
