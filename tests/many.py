@@ -34,14 +34,14 @@ from soak import LISTENING, STOPPED, Wrong, numbers
 
 SIZE = 64  # bytes of one echo
 WINDOW = 128  # echoes in flight in each process of clients: more could overflow a backlog
-PER_ADDRESS = 10_000  # connections from one address; the kernel has some 28,000 ports for each
+PORTS = range(20_000, 30_000)  # of each client address; the kernel gives other programs higher ones
 SPARE_FILES = 64  # descriptors of a process besides its connections
 MEMORY = 8192  # bytes of the machine's memory that a connection needs, at both of its ends
 DEADLINE = 60.0  # seconds: nothing at all for so long is a failure
 CAUSES = {
     errno.EMFILE: "the limit on the open files of a process (ulimit -n)",
     errno.ENFILE: "the limit on open files (fs.file-max)",
-    errno.EADDRNOTAVAIL: "the range of ports (net.ipv4.ip_local_port_range)",
+    errno.EADDRINUSE: "the ports of the loopback addresses: another program uses one",
     errno.ENOBUFS: "the machine's memory",
     errno.ENOMEM: "the machine's memory",
     errno.EAGAIN: "the backlog (net.core.somaxconn), or too few copies",  # no echo for DEADLINE seconds
@@ -121,10 +121,11 @@ def words(process: int, descriptor: int, turn: int) -> bytes:
 def connections(process: int, port: int, count: int, poll: select.epoll) -> Iterator[int]:
     """Connect, one after the other, from addresses of this process's own."""
     for number in range(count):
+        address = f"127.{1 + process // 250}.{1 + process % 250}.{1 + number // len(PORTS)}"
         sock = socket.socket()
         sock.settimeout(DEADLINE)
-        sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT: the port is chosen by connect
-        sock.bind((f"127.{1 + process // 250}.{1 + process % 250}.{1 + number // PER_ADDRESS}", 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address, PORTS[number % len(PORTS)]))
         sock.connect(("127.0.0.1", port))
         sock.setblocking(False)
         descriptor = sock.detach()
