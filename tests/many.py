@@ -236,7 +236,9 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
         for load in loads:
             wrong = load.recv()
             if wrong:
-                raise Wrong(wrong)
+                dead = [copy.text for copy in copies if copy.process.poll() is not None]
+                held = state_of([copy for copy in copies if copy.process.poll() is None]).files - before.files
+                raise Wrong(f"with {held:,} connections: {wrong}" + "; a copy has ended: ".join(["", *dead]))
         return time.monotonic() - start
 
     before = state_of(copies)
