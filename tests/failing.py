@@ -1,0 +1,145 @@
+"""A server whose system calls fail when a test asks for it.
+
+A test makes a `Failing` and starts its program.  Then `fail("accept", errno.EPERM)` lets the next
+call of accept fail.  The program imports this module, replaces the calls and runs the server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT_OF_MEMORY = -1  # in place of an errno: the call raises MemoryError
+
+
+class Failing:
+    """The test's side: which calls are to fail, and which have failed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.wanted, self.failed = folder / "wanted", folder / "failed"
+        self.path, self.temporary = folder / "server.py", folder / "temporary"
+        self.failed.write_text("")
+
+    def program(self, setup: str = "pass") -> str:
+        """Write a program that runs the server.  `setup` can change the module, whose name is `server`."""
+        self.path.write_text(
+            "import sys\n"
+            f"sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}\n"
+            "import failing\n"
+            "import non_block_io_server as server\n"
+            f"failing.replace_calls(server, {str(self.wanted)!r}, {str(self.failed)!r})\n"
+            f"{setup}\n"
+            "server.main()\n"
+        )
+        return str(self.path)
+
+    def fail(self, call: str, number: int, on: str = "", times: int = 1) -> None:
+        """Let the next calls fail; `on` is a part of what `kind` returns."""
+        self.temporary.write_text(json.dumps([call, number, on, times]))
+        self.temporary.rename(self.wanted)
+
+    def stop(self) -> None:
+        """Let no call fail any more."""
+        with suppress(FileNotFoundError):
+            self.wanted.unlink()
+
+    def count(self) -> int:
+        """Return how many calls have failed."""
+        return self.failed.read_text().count("\n")
+
+
+def kind(descriptor: Any) -> str:
+    """Return `listener`, `client PORT`, or what /proc calls it: `pipe:[1234]`."""
+    descriptor = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+    link = os.readlink(f"/proc/self/fd/{descriptor}")
+    if link.startswith("socket:"):
+        with socket.socket(fileno=os.dup(descriptor)) as sock:
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return "listener"
+            with suppress(OSError):
+                return f"client {sock.getpeername()[1]}"
+    return link
+
+
+def replace_calls(server: Any, wanted: str, failed: str) -> None:
+    """The server's side: replace the calls that a test can let fail.  `server` is the module."""
+
+    def check(call: str, descriptor: Any = None) -> None:
+        try:
+            with open(wanted, encoding="ascii") as file:
+                name, number, on, times = json.load(file)
+        except FileNotFoundError:
+            return
+        if name != call or (on and (descriptor is None or on not in kind(descriptor))):
+            return
+        if times > 1:
+            with open(f"{wanted}.new", "w", encoding="ascii") as file:
+                json.dump([name, number, on, times - 1], file)
+            os.replace(f"{wanted}.new", wanted)
+        else:
+            os.remove(wanted)
+        with open(failed, "a", encoding="ascii") as file:
+            file.write(f"{call}\n")
+        if number == OUT_OF_MEMORY:
+            raise MemoryError
+        raise OSError(number, os.strerror(number))
+
+    def replace(owner: Any, name: str, has_descriptor: bool) -> None:
+        call = getattr(owner, name)
+
+        def replaced(*arguments: Any, **options: Any) -> Any:
+            check(name, arguments[0] if has_descriptor else None)
+            return call(*arguments, **options)
+
+        setattr(owner, name, replaced)
+
+    class Epoll:
+        def __init__(self) -> None:
+            check("epoll_create1")
+            real = select.epoll()
+            self.register, self.modify, self.unregister = real.register, real.modify, real.unregister
+            self.poll = real.poll
+            for name in ("register", "modify", "unregister"):
+                replace(self, name, True)
+            replace(self, "poll", False)
+
+    class Socket(socket.socket):
+        def accept(self) -> Any:
+            check("accept", self.fileno())
+            sock, address = super().accept()
+            return Socket(sock.family, sock.type, sock.proto, sock.detach()), address
+
+        def close(self) -> None:
+            super().close()
+            check("close")  # close(2) frees the descriptor even when it fails
+
+    for name in ("setblocking", "setsockopt", "recv", "bind", "listen", "getsockname"):
+        setattr(Socket, name, getattr(socket.socket, name))
+        replace(Socket, name, True)
+
+    class Module:  # the server's `socket`, while every other module has the real one
+        def __getattr__(self, name: str) -> Any:
+            return Socket if name == "socket" else getattr(socket, name)
+
+    server.epoll, server.socket = Epoll, Module()
+    for name in ("read", "write"):
+        replace(server, name, True)
+    for name in ("sendfile", "fstat", "isatty"):
+        replace(os, name, True)
+    for owner, name in (
+        (os, "pipe2"),
+        (os, "sched_yield"),
+        (os, "memfd_create"),
+        (resource, "getrlimit"),
+        (resource, "setrlimit"),
+        (signal, "set_wakeup_fd"),
+    ):
+        replace(owner, name, False)

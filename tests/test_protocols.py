@@ -1,0 +1,138 @@
+"""A protocol of one's own, with `main(protocol=...)`; and the module on a system without epoll."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from conftest import DEADLINE, ROOT, SERVER, Server, is_pings, read_exactly
+
+Start = Callable[..., Server]
+
+UPPER = """
+from non_block_io_server import EPOLLIN, EPOLLOUT, main
+
+def upper(client):
+    while not client.at_eof:
+        yield client.reading
+        data = client.receive().decode("ascii").upper().encode()
+        if data == b"FAULT":
+            raise KeyError("fault")
+        if data == b"STOP":
+            return
+        while data:
+            data = data[client.send(data):]
+            if data:
+                yield EPOLLOUT
+
+main(protocol=upper)
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    path = tmp_path / "upper.py"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{UPPER}")
+    return str(path)
+
+
+def test_a_protocol_runs_with_the_same_options(start: Start, program: str) -> None:
+    server = start("--connections", "3", "--wait-for", "2", "--trace", program=program)
+    assert "waiting for 2 clients\n" in server.err.text
+    first = server.seat()
+    first.sendall(b"one")
+    server.settled()
+    assert server.out is not None
+    assert server.out.data == b""
+    second = server.seat()
+    second.sendall(b"two")
+    assert (read_exactly(first, 3), read_exactly(second, 3)) == (b"ONE", b"TWO")
+    server.messages("^two$")
+    large = b"x" * 3_000_000
+    second.setblocking(False)
+    sent, received = 0, b""
+    while len(received) < len(large):
+        with suppress(BlockingIOError):
+            sent += second.send(large[sent : sent + 65536])
+        with suppress(BlockingIOError):
+            received += second.recv(1 << 20)
+    assert received == large.upper()
+    first.shutdown(socket.SHUT_WR)
+    assert first.recv(1) == b""
+    server.err.wait_for(r"^client 1 left: 3 bytes received, 3 bytes sent, 1 of 3 seats taken$")
+    text = server.stop()
+    assert text.endswith("stopped: 2 clients served, 3,000,006 bytes received, 3,000,006 bytes sent\n")
+
+
+def test_a_protocol_may_end_a_connection(start: Start, program: str) -> None:
+    server = start("--wait-for", "1", program=program)
+    client = server.seat()
+    client.sendall(b"stop")
+    assert client.recv(1) == b"", "an end of file, not a reset"
+    server.err.wait_for("^client 1 left: 4 bytes received, 0 bytes sent, 0 of 2 seats taken$")
+
+
+def test_a_protocol_that_fails_ends_that_connection_only(start: Start, program: str) -> None:
+    server = start(program=program)
+    clients = [server.seat(), server.seat()]
+    for number, (data, reason) in enumerate(
+        [
+            (b"fault", r"KeyError\('fault'\)"),
+            (b"\xff", r"UnicodeDecodeError\(.*\)"),
+        ]
+    ):
+        victim = clients.pop(0)
+        victim.sendall(data)
+        with pytest.raises(ConnectionResetError):
+            victim.recv(1)
+        server.err.wait_for(rf"^client {number + 1} was lost \({reason}\): .* 1 of 2 seats taken$")
+        clients[0].sendall(b"hello")
+        assert read_exactly(clients[0], 5) == b"HELLO"
+        clients.append(server.seat())
+    server.stop()
+
+
+def test_echo_and_every_replace_the_protocol(start: Start, program: str) -> None:
+    client = start("--wait-for", "1", "--echo", program=program).seat()
+    client.sendall(b"as it is")
+    assert read_exactly(client, 8) == b"as it is"
+    assert is_pings(read_exactly(start("--wait-for", "1", "--every", "0.01", program=program).seat(), 8))
+
+
+# ---------------------------------------------------------------- without epoll
+
+WITHOUT = {
+    "epoll": "import select; del select.epoll",
+    "modules": "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'termios')))",
+    "signals": "import signal; del signal.SIGHUP",
+}
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("what", WITHOUT)
+def test_the_module_can_be_imported_on_any_system(what: str) -> None:
+    result = run(
+        f"{WITHOUT[what]}\nimport non_block_io_server as server\n"
+        "print(server.MessageFormatter('header\\n').format(b'hello'), end='')"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "header\nhello\n", "")
+
+
+@pytest.mark.parametrize("what", ["epoll", "modules"])
+def test_a_system_without_epoll_is_told_what_to_use(what: str) -> None:
+    script = f"{WITHOUT[what]}\nimport runpy; runpy.run_path({SERVER!r}, run_name='__main__')"
+    result = run(script)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.match(r"this system has no epoll: .*container.*virtual machine.*WSL\n\Z", result.stderr)
+    assert run(f"sys.argv.append('--help')\n{script}").stdout.startswith("usage: ")
+    assert run(f"sys.argv.append('--port=x')\n{script}").returncode == 2

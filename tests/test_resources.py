@@ -1,0 +1,755 @@
+"""System calls that fail, and resources that run out: memory, descriptors, epoll's watches."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import re
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable
+
+import pytest
+from conftest import DEADLINE, SERVER, Server, eventually, is_pings, read_exactly
+from failing import OUT_OF_MEMORY, Failing
+
+import non_block_io_server
+
+Start = Callable[..., Server]
+MODES = [[], ["--echo"], ["--every", "0.02"]]
+
+
+@pytest.fixture
+def failing(tmp_path: Path) -> Failing:
+    return Failing(tmp_path)
+
+
+def port_of(client: socket.socket) -> int:
+    return int(client.getsockname()[1])
+
+
+def arrive(server: Server, client: socket.socket, data: bytes) -> None:
+    """Send data to a suspended server, and wait until its kernel has received everything."""
+    client.sendall(data)
+    eventually(lambda: not any(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4))), "the data has arrived")
+
+
+def ending(client: socket.socket) -> tuple[bytes, bool]:
+    """Read to the end; return the data, and whether the end was a reset."""
+    data = b""
+    while True:
+        try:
+            chunk = client.recv(1 << 20)
+        except ConnectionResetError:
+            return data, True
+        if not chunk:
+            return data, False
+        data += chunk
+
+
+# ---------------------------------------------------------------- a failed send
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_failed_send_ends_that_connection_with_a_reset(
+    start: Start, failing: Failing, options: Any
+) -> None:
+    program = failing.program("server.READ_SIZE = 1000")
+    server = start(*options, program=program)
+    victim, other = server.seat(), server.seat()
+    data = (b"x" * 99 + b"\n") * 100
+    send = "write" if options else "sendfile"
+    seats = 2
+    for number in (errno.ENOBUFS, errno.ENOMEM, errno.EIO, errno.EACCES):
+        if not options:
+            assert is_pings(read_exactly(victim, 4_000_000))
+        failing.stop()
+        server.process.send_signal(signal.SIGSTOP)
+        victim.settimeout(0.05)
+        before = b""
+        with suppress(socket.timeout):  # so that there is space for the next send
+            while True:
+                before = before[-3:] + victim.recv(1 << 20)
+        victim.settimeout(DEADLINE)
+        arrive(server, victim, data)
+        failing.fail(send, number, f"client {port_of(victim)}")
+        server.process.send_signal(signal.SIGCONT)
+        received, was_reset = ending(victim)
+        assert was_reset, "the client can see that the stream is incomplete"
+        assert (
+            received in (b"", b"ping")
+            if options
+            else is_pings(received[-(len(received) // 4 * 4) :] or b"ping")
+        )
+        server.err.wait_for(
+            rf"^client \d+ was lost \({os.strerror(number)}\): 10,000 bytes received, .* 1 of 2 seats taken$"
+        )
+        seats += 1
+        victim = server.seat()
+        server.err.wait_for(f"^client {seats} connected from .* 2 of 2 seats taken$")
+        if options == ["--echo"]:
+            other.sendall(b"hello")
+            assert read_exactly(other, 5) == b"hello"
+        else:
+            assert read_exactly(other, 8) == b"pingping"
+    assert failing.count() == 4
+    server.stop()
+    assert server.out is not None
+    assert server.out.rest().count("x") == 4 * 9_900, "what had arrived is shown"
+
+
+def exchange(client: socket.socket, data: bytes) -> tuple[bytes, bool]:
+    """Send data and read to the end at once; return what was read, and whether either saw a reset."""
+
+    def send() -> bool:
+        try:
+            client.sendall(data)
+        except ConnectionError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(send)
+        received, was_reset = ending(client)
+        return received, sending.result() or was_reset
+
+
+def test_an_echo_never_has_a_hole(start: Start, failing: Failing) -> None:
+    server = start("--echo", "--wait-for", "1", "--quiet", program=failing.program())
+    client = server.seat(small=True)
+    data = b"".join(b"%07d\n" % number for number in range(100_000))
+    client.sendall(data[:1000])
+    assert read_exactly(client, 1000) == data[:1000]
+    failing.fail("write", errno.ENOMEM, f"client {port_of(client)}")
+    received, was_reset = exchange(client, data)
+    assert was_reset
+    assert data.startswith(received)
+
+
+def test_a_failed_read_ends_that_connection_only(start: Start, failing: Failing) -> None:
+    server = start("--echo", program=failing.program())
+    victim, other = server.seat(), server.seat()
+    failing.fail("read", errno.EIO, f"client {port_of(victim)}")
+    victim.sendall(b"hello")
+    assert ending(victim) == (b"", True)
+    server.err.wait_for(r"^client 1 was lost \(Input/output error\): 5 bytes received, ")
+    server.messages("^hello$")
+    other.sendall(b"hello")
+    assert read_exactly(other, 5) == b"hello"
+
+
+@pytest.mark.parametrize("options", [[], ["--echo"], ["--every", "3600"]])
+def test_bytes_that_arrived_before_a_reset_wait_for_standard_output(
+    start: Start, failing: Failing, options: Any
+) -> None:
+    program = failing.program("server.READ_SIZE, server.OUTPUT_LIMIT = 1000, 10_000")
+    server = start(*options, program=program, paused=True)
+    writer, _ = server.seat(), server.seat()
+    writer.setblocking(False)
+    sent, before = 0, -1
+    while sent > before:
+        before = sent
+        with suppress(BlockingIOError):
+            while True:
+                sent += writer.send(b"x" * 65536)
+        with suppress(BlockingIOError):
+            while options and writer.recv(1 << 20):
+                pass
+        server.settled()
+    writer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.close()
+    server.settled()
+    assert "client 1 was reset" not in server.err.text
+    assert server.out is not None
+    server.out.going.set()
+    (count,) = server.err.wait_for(r"^client 1 was reset: ([\d,]+) bytes received, ").groups()
+    received = int(count.replace(",", ""))
+    assert received > 100_000
+    eventually(lambda: server.out.data.count(b"x") == received, "all of it is shown")  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- accept fails
+
+
+def test_accept_that_fails_is_reported_once_and_tried_again(start: Start, failing: Failing) -> None:
+    server = start(
+        "--wait-for", "1", "--connections", "20", program=failing.program("server.RETRY_DELAY = 0.01")
+    )
+    numbers = errno.EPERM, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINVAL
+    for turn, number in enumerate(numbers, 1):
+        failing.fail("accept", number, times=1000)
+        client = server.connect()
+        eventually(lambda: failing.count() >= turn * 5, "it tries again")  # noqa: B023
+        failing.stop()
+        assert read_exactly(client, 4) == b"ping"
+        line = f"not accepting for now: {os.strerror(number)}"
+        assert server.err.text.count(f"\n{line}\n") == 1, "the same reason is not repeated"
+        failing.failed.write_text("\n" * turn * 5)
+    failing.fail("accept", errno.EINVAL)
+    assert read_exactly(server.connect(), 4) == b"ping"
+    assert server.err.text.count("not accepting") == len(numbers) + 1, "a new cause is reported again"
+    assert len(re.findall(r"^client \d+ connected", server.err.text, re.M)) == len(numbers) + 1
+
+
+def test_accept_that_fails_does_not_spin(start: Start, failing: Failing) -> None:
+    server = start("--wait-for", "1", program=failing.program())
+    failing.fail("accept", errno.EPERM, times=1000)
+    server.connect()
+    server.err.wait_for("^not accepting for now: Operation not permitted$")
+    server.settled()
+    assert failing.count() == 1
+    server.stop()
+
+
+def test_a_network_error_of_accept_is_no_reason_to_pause(start: Start, failing: Failing) -> None:
+    server = start("--wait-for", "1", "--connections", "20", program=failing.program())
+    names = (
+        "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH EOPNOTSUPP ENETUNREACH"
+    )
+    for name in names.split():
+        failing.fail("accept", getattr(errno, name))
+        assert read_exactly(server.connect(), 4) == b"ping", name
+    assert failing.count() == 10
+    assert "not accepting" not in server.stop()
+
+
+SECCOMP_ALLOW, SECCOMP_EPERM = 0x7FFF0000, 0x00050000 | errno.EPERM
+CALLS = {"x86_64": (43, 288), "aarch64": (202, 242)}  # accept and accept4
+
+
+def forbid_accept() -> None:
+    """Let the kernel answer accept(2) with EPERM in this process: seccomp(2)."""
+    one, other = CALLS[platform.machine()]
+    filters = struct.pack(
+        "=" + "HBBI" * 5,
+        *(0x20, 0, 0, 0),  # load the number of the system call
+        *(0x15, 1, 0, one),
+        *(0x15, 0, 1, other),
+        *(0x06, 0, 0, SECCOMP_EPERM),
+        *(0x06, 0, 0, SECCOMP_ALLOW),
+    )
+    code = ctypes.create_string_buffer(filters)
+    program = ctypes.create_string_buffer(struct.pack("HP", 5, ctypes.addressof(code)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def test_a_seccomp_filter_that_forbids_accept(start: Start) -> None:
+    if platform.machine() not in CALLS:
+        pytest.skip("the numbers of the system calls are not known here")
+    try:
+        server = start(preexec_fn=forbid_accept)
+    except subprocess.SubprocessError:
+        pytest.skip("this system has no seccomp filters")
+    server.connect()
+    server.err.wait_for("^not accepting for now: Operation not permitted$")
+    server.settled()
+    assert server.stop().count("not accepting") == 1
+
+
+def test_too_few_descriptors_for_any_client(start: Start) -> None:
+    server = start()
+    subprocess.run(
+        ["prlimit", f"--nofile={server.descriptors()}:", "--pid", str(server.process.pid)], check=True
+    )
+    server.connect()
+    server.err.wait_for(
+        r"^not accepting for now: Too many open files\nno descriptor is left for any client \(ulimit -n\)$"
+    )
+    server.settled()
+
+
+def test_a_shortage_with_clients_connected_does_not_blame_the_limit(start: Start) -> None:
+    server = start()
+    server.seat()
+    subprocess.run(
+        ["prlimit", f"--nofile={server.descriptors()}:", "--pid", str(server.process.pid)], check=True
+    )
+    server.connect()
+    server.err.wait_for("^not accepting for now: Too many open files$")
+    server.settled()
+    assert "no descriptor is left" not in server.stop()
+
+
+# ---------------------------------------------------------------- epoll is full
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM])
+def test_a_client_that_epoll_cannot_watch_is_disconnected_alone(
+    start: Start, failing: Failing, number: int
+) -> None:
+    server = start("--echo", "--wait-for", "1", program=failing.program())
+    first = server.seat()
+    failing.fail("register", number, "client")
+    second = server.connect()
+    assert ending(second) == (b"", True)
+    server.err.wait_for(rf"^client 2 was lost \({os.strerror(number)}\): 0 bytes .* 1 of 2 seats taken$")
+    for client in (first, server.seat()):
+        client.sendall(b"hello")
+        assert read_exactly(client, 5) == b"hello"
+    assert failing.count() == 1
+
+
+def test_a_waiting_client_that_epoll_cannot_watch_is_not_counted(start: Start, failing: Failing) -> None:
+    server = start(program=failing.program())
+    failing.fail("register", errno.ENOSPC, "client")
+    assert ending(server.connect()) == (b"", True)
+    server.err.wait_for(r"^client 1 was lost \(No space left on device\): .* 0 of 2 seats taken$")
+    first, second = server.seat(), server.seat()
+    assert is_pings(read_exactly(first, 4) + read_exactly(second, 4))
+
+
+def test_an_echo_that_epoll_cannot_watch_for_writing_ends_with_a_reset(
+    start: Start, failing: Failing
+) -> None:
+    server = start("--echo", "--quiet", program=failing.program())
+    lazy, other = server.seat(small=True), server.seat()
+    failing.fail("modify", errno.ENOMEM, f"client {port_of(lazy)}")
+    data = b"".join(b"%07d\n" % number for number in range(1_000_000))
+    received, was_reset = exchange(lazy, data)
+    assert was_reset
+    assert failing.count() == 1
+    assert data.startswith(received)
+    server.err.wait_for(r"^client 1 was lost \(Cannot allocate memory\): .* 1 of 2 seats taken$")
+    other.sendall(b"hello")
+    assert read_exactly(other, 5) == b"hello"
+
+
+def test_a_listener_that_epoll_cannot_watch_tries_again(start: Start, failing: Failing) -> None:
+    failing.fail("register", errno.ENOSPC, "listener", times=3)
+    server = start("--connections", "1", program=failing.program("server.RETRY_DELAY = 0.01"))
+    first = server.seat()
+    assert read_exactly(first, 4) == b"ping"
+    assert server.err.text.count("not accepting for now: No space left on device\n") == 1
+    failing.fail("register", errno.ENOMEM, "listener", times=3)  # it is not watched while no seat is free
+    first.close()
+    eventually(lambda: failing.count() == 6, "it cannot be watched again")
+    assert read_exactly(server.seat(), 4) == b"ping"
+    assert server.err.text.count("not accepting for now: Cannot allocate memory\n") == 1
+    server.stop()
+
+
+def test_a_standard_output_that_epoll_cannot_watch_is_tried_again(start: Start, failing: Failing) -> None:
+    program = failing.program("server.RETRY_DELAY = 0.01")
+    server = start("--wait-for", "1", "--every", "3600", program=program, paused=True)
+    client = server.seat()
+    failing.fail("register", errno.ENOSPC, os.readlink(f"/proc/{server.process.pid}/fd/1"), times=3)
+    client.sendall(b"x" * 200_000)  # more than a pipe holds
+    eventually(lambda: failing.count() == 3, "it cannot be watched")
+    assert server.out is not None
+    server.out.going.set()
+    eventually(lambda: server.out.data.count(b"x") == 200_000, "all of it is shown")  # type: ignore[union-attr]
+    server.stop()
+
+
+def test_a_standard_error_that_epoll_cannot_watch_is_tried_again(start: Start, failing: Failing) -> None:
+    program = failing.program("server.RETRY_DELAY = 0.01")
+    server = start("--wait-for", "1", program=program)
+    server.err.going.clear()
+    failing.fail("register", errno.ENOSPC, os.readlink(f"/proc/{server.process.pid}/fd/2"), times=3)
+    for _ in range(700):  # more lines than a pipe holds
+        server.connect().close()
+    eventually(lambda: failing.count() == 3, "it cannot be watched")
+    server.err.going.set()
+    server.err.wait_for("^client 700 ")
+    server.stop()
+
+
+# ---------------------------------------------------------------- calls that need not succeed
+
+
+def test_goes_on_without_sched_yield_and_memfd_create(start: Start, failing: Failing) -> None:
+    program = failing.program(
+        "def no(*_): raise PermissionError\nserver.os.sched_yield = server.os.memfd_create = no"
+    )
+    server = start("--wait-for", "1", program=program)
+    client = server.seat(small=True)
+    assert is_pings(read_exactly(client, 2_000_000))
+    server.stop()
+
+
+@pytest.mark.parametrize("call", ["close", "setblocking"])
+def test_a_failed_call_ends_that_connection_only(start: Start, failing: Failing, call: str) -> None:
+    server = start("--echo", "--wait-for", "1", "--connections", "3", program=failing.program())
+    first = server.seat()
+    failing.fail(call, errno.EIO)
+    if call == "close":
+        second = server.seat()
+        second.close()
+        server.err.wait_for("^client 2 left: .* 1 of 3 seats taken$")
+    else:
+        assert ending(server.connect()) == (b"", True)
+        server.err.wait_for(r"^client 2 was lost \(Input/output error\): .* 1 of 3 seats taken$")
+    assert failing.count() == 1
+    for client in (first, server.seat()):
+        client.sendall(b"hello")
+        assert read_exactly(client, 5) == b"hello"
+
+
+# ---------------------------------------------------------------- the start fails
+
+STARTS = [
+    ("pipe2", errno.EMFILE, "cannot catch signals: Too many open files"),
+    ("set_wakeup_fd", errno.EINVAL, "cannot catch signals: Invalid argument"),
+    ("epoll_create1", errno.EMFILE, "cannot create an epoll instance: Too many open files"),
+    ("fstat", errno.EIO, "cannot use standard output: Input/output error"),
+    ("bind", errno.EACCES, "cannot listen on 127.0.0.1:0: Permission denied"),
+    ("listen", errno.EADDRINUSE, r"cannot listen on 127.0.0.1:0: address already in use \(.*\)"),
+    ("setsockopt", errno.ENOMEM, "cannot listen on 127.0.0.1:0: Cannot allocate memory"),
+    ("getsockname", errno.ENOBUFS, "cannot read the listener's address: No buffer space available"),
+    ("register", errno.ENOSPC, "cannot watch for signals: No space left on device"),
+    ("poll", errno.EINVAL, "cannot wait for events: Invalid argument"),
+]
+
+
+def test_a_start_that_fails_says_what_and_why_in_one_line(tmp_path: Path) -> None:
+    def run(case: tuple[str, int, str]) -> str:
+        call, number, expected = case
+        folder = tmp_path / call
+        folder.mkdir()
+        failing = Failing(folder)
+        failing.fail(call, number)
+        result = subprocess.run(
+            [sys.executable, failing.program(), "--port", "0"],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert failing.count() == 1, call
+        assert result.returncode == 1, (call, result.stderr)
+        assert result.stdout == ""
+        *first, last = result.stderr.splitlines()
+        assert re.fullmatch(expected, last), result.stderr
+        assert [line for line in first if not line.startswith("listening on ")] == []
+        return call
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, STARTS)) == [call for call, _, _ in STARTS]
+
+
+@pytest.mark.parametrize("error", ["OSError(1, 'Operation not permitted')", "ValueError('not allowed')"])
+@pytest.mark.parametrize("call", ["setrlimit", "getrlimit"])
+def test_a_limit_that_cannot_be_raised_is_a_warning(
+    start: Start, failing: Failing, error: str, call: str
+) -> None:
+    program = failing.program(f"def no(*_): raise {error}\nserver.resource.{call} = no")
+    server = start(
+        "--connections",
+        "2000",
+        "--wait-for",
+        "1",
+        program=program,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (500, 4000)),
+    )
+    lines = server.err.wait_for(r"^listening.*\n(.*)\n").groups()
+    assert re.match("cannot raise the limit on open files to 2,016: .*(not permitted|not allowed)$", lines[0])
+    assert read_exactly(server.seat(), 4) == b"ping"
+    server.stop()
+
+
+# ---------------------------------------------------------------- memory
+
+NO_MEMORY = "out of memory: the server cannot continue"
+
+
+@pytest.mark.parametrize(
+    "call, on",
+    [
+        ("poll", ""),
+        ("accept", ""),
+        ("setblocking", ""),
+        ("register", "client"),
+        ("recv", "client"),
+        ("read", "client"),
+        ("sendfile", "client"),
+    ],
+)
+def test_no_memory_while_serving_is_one_line_and_status_1(
+    start: Start, failing: Failing, call: str, on: str
+) -> None:
+    server = start(program=failing.program())
+    first = server.seat()
+    server.settled()
+    failing.fail(call, OUT_OF_MEMORY, on)
+    first.sendall(b"hello")
+    with suppress(OSError):
+        server.connect().sendall(b"hello")
+    assert server.ended(1).endswith(f"\n{NO_MEMORY}\n")
+    assert server.err.text.count(NO_MEMORY) == 1
+    assert failing.count() == 1
+
+
+def test_no_memory_at_the_start_is_one_line_and_status_1(tmp_path: Path) -> None:
+    def run(call: str) -> None:
+        folder = tmp_path / call
+        folder.mkdir()
+        failing = Failing(folder)
+        failing.fail(call, OUT_OF_MEMORY)
+        command = [sys.executable, failing.program(), "--port", "0"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+        assert failing.count() == 1, call
+        assert (result.returncode, result.stderr.splitlines()[-1]) == (1, NO_MEMORY), (call, result.stderr)
+        assert "Traceback" not in result.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        list(
+            pool.map(
+                run,
+                ["pipe2", "epoll_create1", "fstat", "setsockopt", "bind", "getrlimit", "register", "poll"],
+            )
+        )
+
+
+def kilobytes(field: str) -> str:
+    return f"int(open('/proc/self/status').read().split('{field}:')[1].split()[0])"
+
+
+@pytest.mark.parametrize("limit, field", [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
+def test_too_little_memory_to_start(tmp_path: Path, limit: str, field: str) -> None:
+    """The limit is what the process has when the module is imported, and a little more."""
+
+    def run(more: int) -> tuple[int, str]:
+        folder = tmp_path / str(more)
+        folder.mkdir()
+        program = Failing(folder).program(
+            f"import resource; size = ({kilobytes(field)} + {more}) * 1024\n"
+            f"resource.setrlimit(resource.{limit}, (size, size))"
+        )
+        with subprocess.Popen(
+            [sys.executable, program, "--port", "0"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            assert process.stderr is not None
+            first = process.stderr.readline()
+            if first.startswith("listening on "):
+                process.send_signal(signal.SIGTERM)
+            rest = process.communicate(timeout=DEADLINE)[1]
+        return process.returncode, first + rest
+
+    amounts = [0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, amounts))
+    for status, text in results:
+        assert "Traceback" not in text
+        if status:
+            assert (status, text.splitlines()[-1]) == (1, NO_MEMORY), text
+        else:
+            assert text.splitlines()[-1].startswith("stopped: "), text
+    assert results[-1][0] == 0, results[-1]
+
+
+@pytest.mark.parametrize("kind", ["-v", "-d"])
+def test_no_traceback_however_little_memory_there_is(kind: str) -> None:
+    """Where Python itself starts, the server starts or ends with one line."""
+
+    def run(megabytes: int, *command: str) -> subprocess.CompletedProcess[str]:
+        shell = ["bash", "-c", f'ulimit {kind} {megabytes * 1024}; exec "$0" "$@"', sys.executable, *command]
+        return subprocess.run(shell, capture_output=True, text=True, timeout=DEADLINE)
+
+    def serve(megabytes: int) -> str:
+        result = run(megabytes, SERVER, "--port", "0", "--host", "192.0.2.1")  # it ends by itself
+        assert result.returncode == 1, (megabytes, result)
+        return result.stderr
+
+    least = next(
+        size for size in range(4, 100) if run(size, "-c", "import argparse, socket, signal").returncode == 0
+    )
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(serve, range(least, least + 8)))
+    for text in texts:
+        assert re.fullmatch(f"{NO_MEMORY}\n|cannot listen on .*\n", text), text
+
+
+@pytest.mark.parametrize("limit, field", [("--as", "VmSize"), ("--data", "VmData")])
+def test_memory_that_runs_out_while_serving(start: Start, limit: str, field: str) -> None:
+    server = start(
+        "--connections",
+        "2000",
+        "--wait-for",
+        "1",
+        "--echo",
+        paused=True,
+        preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)
+        ),
+    )
+    client = server.seat()
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+    size = server.status(field) * 1024
+    subprocess.run(["prlimit", f"{limit}={size}:", "--pid", str(server.process.pid)], check=True)
+    with suppress(OSError):
+        for _ in range(1500):
+            other = socket.socket()
+            other.settimeout(DEADLINE)
+            server.clients.append(other)
+            other.connect((server.host, server.port))
+            other.send(b"\xc3\x28" * 30_000)
+    if server.process.poll() is None and not server.err.text.endswith("continue\n"):
+        with suppress(AssertionError):
+            eventually(lambda: server.process.poll() is not None, "memory runs out")
+    assert server.out is not None
+    server.out.going.set()
+    assert server.ended(1).endswith(f"\n{NO_MEMORY}\n")
+
+
+# ---------------------------------------------------------------- vanished peers, socket options
+
+
+def test_accepted_sockets_have_the_options() -> None:
+    options = SimpleNamespace(host="127.0.0.1", port=0, reuse_port=False, connections=2)
+    with non_block_io_server.listen(options) as listener:
+        assert not listener.getblocking()
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        assert not listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+        with socket.create_connection(listener.getsockname(), DEADLINE):
+            listener.setblocking(True)
+            sock, _ = listener.accept()
+            with sock:
+
+                def tcp(option: int) -> int:
+                    return sock.getsockopt(socket.IPPROTO_TCP, option)
+
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE) == 1
+                assert tcp(socket.TCP_NODELAY) == 1
+                assert tcp(socket.TCP_NOTSENT_LOWAT) == 16384
+                assert [tcp(n) for n in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)] == [
+                    60,
+                    10,
+                    6,
+                ]
+                assert tcp(socket.TCP_USER_TIMEOUT) == 0, "it would end a live client that does not read"
+                with suppress(OSError):  # kernels before 6.15 do not know it
+                    assert tcp(44) == 10_000
+
+
+def test_an_option_that_the_kernel_does_not_know_is_ignored(start: Start, failing: Failing) -> None:
+    failing.fail("setsockopt", errno.ENOPROTOOPT)
+    server = start("--wait-for", "1", program=failing.program())
+    assert read_exactly(server.seat(), 4) == b"ping"
+    assert failing.count() == 1
+
+
+def timer_of(client: socket.socket) -> tuple[int, float]:
+    """Return the kernel's timer for the server's end of the connection, and when it expires: proc(5)."""
+    ends = [f"{address[1]:04X}" for address in (client.getpeername(), client.getsockname())]
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, _, timer, *_ = line.split()
+        if [local.split(":")[1], remote.split(":")[1]] == ends:
+            kind, when = timer.split(":")
+            return int(kind, 16), int(when, 16) / os.sysconf("SC_CLK_TCK")
+    raise AssertionError("no such connection")
+
+
+@pytest.mark.parametrize("options", [[], ["--echo", "--wait-for", "1"]])
+def test_an_idle_client_is_probed_after_a_minute(start: Start, options: Any) -> None:
+    server = start(*options)
+    kind, seconds = timer_of(server.seat())
+    assert kind == 2, "the keepalive timer"
+    assert 50 < seconds <= 61
+
+
+# ---------------------------------------------------------------- a stop loses nothing
+
+
+@pytest.mark.parametrize(
+    "options, wait_for, number",
+    [
+        (MODES[0], "1", signal.SIGTERM),
+        (MODES[0], "3", signal.SIGINT),
+        (MODES[1], "1", signal.SIGHUP),
+        (MODES[1], "3", signal.SIGTERM),
+        (MODES[2], "1", signal.SIGINT),
+        (MODES[2], "3", signal.SIGHUP),
+    ],
+)
+def test_a_stop_loses_nothing_that_has_arrived(
+    start: Start, failing: Failing, options: Any, wait_for: str, number: int
+) -> None:
+    program = failing.program("server.READ_SIZE = 1000")
+    server = start(*options, "--connections", "3", "--wait-for", wait_for, program=program)
+    clients = [server.seat(), server.seat()]
+    server.process.send_signal(signal.SIGSTOP)
+    data = (b"x" * 99 + b"\n") * 300
+    for client in clients:
+        arrive(server, client, data)
+    clients[1].shutdown(socket.SHUT_WR)
+    server.process.send_signal(number)
+    server.process.send_signal(signal.SIGCONT)
+    for client in clients:
+        received, was_reset = ending(client)
+        assert not was_reset
+        if options == ["--echo"]:
+            assert received == data
+        else:
+            assert received == b"ping" * (len(received) // 4)
+    text = server.ended(0)
+    assert server.out is not None
+    assert server.out.rest().count("x") == 2 * 29_700
+    sent = "60,000 bytes sent" if options == ["--echo"] else r"[\d,]+ pings? sent"
+    assert re.search(rf"\nstopped: \d clients served, 60,000 bytes received, {sent}\n\Z", text), text[-300:]
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_client_that_sends_endlessly_does_not_delay_a_stop(start: Start, options: Any) -> None:
+    server = start(*options, "--wait-for", "1", "--quiet")
+    going = True
+
+    def send(client: socket.socket) -> None:
+        with suppress(OSError):
+            while going:
+                client.sendall(b"x" * 1_000_000)
+
+    def receive(client: socket.socket) -> None:
+        with suppress(OSError):
+            while client.recv(1 << 20):
+                pass
+
+    clients = [server.seat(), server.seat()]
+    threads = [
+        threading.Thread(target=what, args=(client,)) for client in clients for what in (send, receive)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        before = time.monotonic()
+        server.stop()
+        assert time.monotonic() - before < 3
+    finally:
+        going = False
+        server.close()
+        for thread in threads:
+            thread.join(DEADLINE)
+
+
+def test_no_ping_is_cut_when_standard_output_breaks(start: Start) -> None:
+    reader, writer = os.pipe()
+    server = start(stdout=writer)
+    os.close(writer)
+    small, other = server.seat(small=True), server.seat()
+    data = read_exactly(small, 1001)
+    server.settled()
+    os.close(reader)
+    other.sendall(b"is anybody there?")
+    rest, was_reset = ending(small)
+    assert is_pings(data + rest)
+    assert not was_reset
+    server.ended(1)
