@@ -299,7 +299,7 @@ class MessageFormatter:
         data = self.partial + data
         text, used = codecs.utf_8_decode(data, "replace", final)
         self.partial = data[used:]
-        if text.endswith("\r") and not final:
+        if text.endswith("\r") and not self.partial and not final:
             text, self.partial = text[:-1], b"\r"
         if not text:
             return ""
