@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""A TCP server that serves many clients in one thread, and never blocks.
+"""A TCP server that serves many clients in one thread and never blocks.
 
 The question.  A socket blocks: `recv` waits until data arrives, and the whole program waits
 with it.  How can one program serve several connections at once, without processes and
 without threads?
 
-The answer is an event loop.  Wait for all descriptors in one call, then do only what can be
-done without waiting:
+The answer is an event loop.  Wait for all descriptors in one call.  Then make only calls that
+do not wait:
 
     while running:
         for descriptor, events in epoll.poll():    # waits until a descriptor is ready
             tasks[descriptor].send(events)         # resumes the task that owns it
 
 A task is a generator that owns one descriptor.  It reads like a program that blocks, with a
-`yield` wherever that program would block.  It yields its interest (an event mask: what it
-waits for), and the loop resumes it with the events that epoll reports.
+`yield` wherever that program would block.  It yields its interest (the mask of the
+events that it waits for), and the loop resumes it with the events that epoll reports.
 
     task            waits for                           when it is resumed
     --------------  ----------------------------------  -----------------------------------
@@ -66,22 +66,23 @@ if TYPE_CHECKING:
 # -------------------------------------------------------------------- constants
 
 PING = b"ping"
-PINGS = memoryview(PING * 65536)  # 256 KiB a call: with 4 bytes, the calls cost more than the bytes
-READ_SIZE = 65536  # bytes a read, so that a client that sends much leaves the others their turn
+PINGS = memoryview(PING * 65536)  # 256 KiB: a call that sends 4 bytes costs more than its bytes
+READ_SIZE = 65536  # bytes per read, so that a client that sends much does not starve the others
 ACCEPTS = 16  # accepts per event, so that a burst of new clients does not starve connected ones
 BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
-OUTPUT_LIMIT = 1024 * 1024  # bytes queued for an output until it counts as full
+OUTPUT_LIMIT = 1024 * 1024  # an output with more bytes in its queue counts as full
 SPARE_FILES = 16  # descriptors that belong to no client: outputs, epoll, listener, signal pipe, pings
-RETRY_DELAY = 1.0  # seconds until a call is tried again that lacked a resource
+RETRY_DELAY = 1.0  # seconds until a call that lacked a resource is tried again
 FLUSH_TIMEOUT = 1.0  # seconds to wait for a stalled output at shutdown
-FINISH_TIMEOUT = 0.2  # seconds in which a client that goes on sending is read at shutdown
+FINISH_TIMEOUT = 0.2  # seconds for which clients that continue to send are read at shutdown
 SIGNAL_TIMEOUT = 0.1  # seconds to wait for a stop signal when standard output breaks
 MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) takes no timeout of more than 24 days
-NO_DESCRIPTOR = -1  # the beat's: it waits for time only
+NO_DESCRIPTOR = -1  # the key of the beat's task, which owns no descriptor
 TCP_RTO_MAX_MS = 44  # from linux/tcp.h, since Linux 6.15
 # accept(2): the backlog is empty, or the connection that accept would have returned is broken
+# (errno.errorcode names EOPNOTSUPP ENOTSUP)
 NETWORK_ERRORS = (
-    "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH EOPNOTSUPP ENETUNREACH"
+    "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH ENOTSUP ENETUNREACH"
 )
 MESSAGE_TITLE = "data received..."
 OUT_OF_MEMORY = b"out of memory: the server cannot continue\n"
@@ -92,8 +93,13 @@ class CannotContinue(Exception):
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number and its noun as people write them: `1 ping`, `1,204,113 pings`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    """Return a number with its noun in the right form: `1 ping`, `1,204,113 pings`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def why(error: BaseException) -> str:
+    """Return why a call failed, in the system's words if it has any: `No space left on device`."""
+    return getattr(error, "strerror", None) or str(error) or repr(error)
 
 
 def name_of(address: Any) -> str:
@@ -114,18 +120,21 @@ class Loop:
         self.tasks: dict[int, Task] = {}  # by descriptor
         self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
         self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
+        self.names: dict[int, str] = {}  # for --trace, which shows no task without a name
+        self.counted: dict[int, dict[str, Any]] = {}  # for --trace: attributes whose changes are logged
 
     def run(self) -> None:
         """Resume tasks until `running` is false."""
         while self.running:
             self.resume(self.wait())
-            self.resume(self.due())
+            if self.timers:
+                self.resume(self.due())
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
         """Run tasks to their next yield, and tell epoll their new interest.
 
-        `batch` holds pairs of a descriptor and its events.  If an earlier event of the same batch
-        has ended a task, it ends again: that does no harm.
+        `batch` holds pairs of a descriptor and its events.  An earlier event of the batch may have
+        ended a task.  Resuming it raises StopIteration again, which does no harm.
         """
         tasks, interests = self.tasks, self.interests
         for descriptor, events in batch:
@@ -162,37 +171,36 @@ class Loop:
             ready = self.epoll.poll(0)
             if ready:
                 return ready
-            with suppress(OSError):  # a sandbox may forbid it
-                os.sched_yield()  # to a process that waits for this processor
+            with suppress(OSError):  # a sandbox may forbid this call
+                os.sched_yield()  # lets another process use this processor
         return self.epoll.poll(timeout)
 
     def due(self) -> Iterable[tuple[int, int]]:
         """Return the descriptors whose timer is due, with no events, and forget these timers."""
-        now = time.monotonic() if self.timers else 0.0
-        due = [descriptor for descriptor, when in self.timers.items() if when <= now]
+        now = time.monotonic()
+        due = {descriptor: 0 for descriptor, when in self.timers.items() if when <= now}
         for descriptor in due:
             del self.timers[descriptor]
-        return [(descriptor, 0) for descriptor in due]
+        return due.items()
 
-    def wake(self, descriptors: Iterable[int]) -> None:
-        """Resume tasks without events after this batch: their interest may have changed.
+    def wake(self, descriptors: Iterable[int], when: float = 0.0) -> None:
+        """Resume tasks without events at `when` (time.monotonic()), or after this batch.
 
-        A task acts on another one only in this way, so no task is resumed while it runs.
+        A task that may be running is resumed in this way: a generator cannot be resumed while it runs.
         """
-        self.timers.update(dict.fromkeys(descriptors, 0.0))
+        self.timers.update(dict.fromkeys(descriptors, when))
 
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
-        """Run a new task to its first yield.  --trace shows the name, and changes of `counted`."""
+        """Run a new task to its first yield.  --trace shows its name and what changes in `counted`."""
         self.tasks[descriptor], self.interests[descriptor] = task, 0
+        self.names[descriptor], self.counted[descriptor] = name, vars(counted) if counted else {}
         self.resume([(descriptor, None)])
 
     def forget(self, descriptor: int) -> None:
-        """Take a task that ends out of the set.  It calls this itself before it closes its descriptor."""
-        with suppress(OSError):
-            if self.interests[descriptor]:
-                self.epoll.unregister(descriptor)
+        """Stop watching for a task that has ended."""
+        with suppress(OSError):  # the kernel has done so itself if the task closed its descriptor
+            self.epoll.unregister(descriptor)
         self.interests[descriptor] = 0
-        self.timers.pop(descriptor, None)
 
 
 # -------------------------------------------------------------------- a client's connection
@@ -214,9 +222,8 @@ class Client:
         self.sock, self.descriptor = sock, sock.fileno()
         self.formatter = MessageFormatter(f"{MESSAGE_TITLE} ({name}, {address})\n")
         self.received = self.sent = 0  # bytes
-        self.unsent = b""  # for a protocol that sends later: see interest, flush()
-        self.beats_seen = server.beats
-        self.at_eof = False  # the client has sent its end of file: it closed or half-closed
+        self.unsent = b""  # bytes that the protocol has queued: see interest and flush()
+        self.at_eof = False  # the client has closed or half-closed its side
         self.reason = "left"
 
     @property
@@ -245,7 +252,7 @@ class Client:
         return data
 
     def send(self, data: bytes | memoryview) -> int:
-        """Send what the client takes now; return how many bytes.  Raises OSError."""
+        """Send as many bytes as the kernel accepts now; return their number.  Raises OSError."""
         try:
             sent = write(self.descriptor, data)
         except BlockingIOError:
@@ -254,7 +261,7 @@ class Client:
         return sent
 
     def flush(self) -> None:
-        """Send of `unsent` what the client takes now.  Raises OSError."""
+        """Send as much of `unsent` as the kernel accepts now.  Raises OSError."""
         if self.unsent:
             self.unsent = self.unsent[self.send(self.unsent) :]
 
@@ -262,13 +269,8 @@ class Client:
         """Print bytes as a message; `final` means that no more bytes follow."""
         self.messages.write(self.formatter.format(data, final))
 
-    def has_new_beat(self) -> bool:
-        """Return whether a beat has passed since the last call."""
-        before, self.beats_seen = self.beats_seen, self.server.beats
-        return before != self.beats_seen
-
-    def has_sent(self) -> bool:
-        """Return whether a byte has arrived, and leave it unread.  An end of file sets at_eof."""
+    def has_data(self) -> bool:
+        """Return whether unread data has arrived.  An end of file sets at_eof.  Raises OSError."""
         try:
             self.at_eof = not self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -276,7 +278,7 @@ class Client:
         return not self.at_eof
 
     def unread(self) -> int:
-        """Return how many bytes have arrived and are not read: tcp(7), SIOCINQ.  Raises OSError."""
+        """Return the number of bytes that have arrived and are unread: tcp(7), SIOCINQ.  Raises OSError."""
         return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
@@ -288,16 +290,16 @@ class MessageFormatter:
         self.partial = b""  # an incomplete UTF-8 character, or a CR whose LF may follow
 
     def format(self, data: bytes, final: bool = False) -> str:
-        """Return a message to print, or "" if the bytes complete none; `final` means that no more follow.
+        """Return a message to print, or "" if none is complete; `final` means that no bytes follow.
 
         A character or a CR LF split across two reads is joined; a byte that is not UTF-8 becomes
-        U+FFFD.  Lines after the first are indented, and also a first line that looks like a
-        header: so a line that looks like a header is one.
+        U+FFFD.  Lines after the first are indented.  A first line that looks like a header is
+        also indented, so data cannot imitate a header.
         """
         data = self.partial + data
         text, used = codecs.utf_8_decode(data, "replace", final)
         self.partial = data[used:]
-        if text.endswith("\r") and not final:
+        if text.endswith("\r") and not self.partial and not final:
             text, self.partial = text[:-1], b"\r"
         if not text:
             return ""
@@ -309,17 +311,16 @@ class MessageFormatter:
         return f"{self.header}{indent}{text}\n"
 
 
-# Any character that is neither a letter or digit of some script, printable ASCII, a tab nor a space.
+# Every character except letters and digits of all scripts, printable ASCII, tabs and spaces.
 UNUSUAL = re.compile("[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
 
 
 def escape(line: str) -> str:
-    r"""Escape what could harm a terminal or mislead a reader: `\x1b`, `\u202e`, `\U000e0041`.
+    r"""Escape characters that could harm a terminal or mislead a reader: `\x1b`, `\u202e`, `\U000e0041`.
 
-    These are the controls but tab, the separators of lines and paragraphs, and all format,
-    surrogate, private-use and unassigned characters.  A joiner between two visible characters
-    passes.
+    These are all controls except tab, line and paragraph separators, and all format, surrogate,
+    private-use and unassigned characters.  A joiner between two visible characters is kept.
     """
 
     def is_visible(character: str) -> bool:
@@ -339,14 +340,14 @@ def escape(line: str) -> str:
 
 
 def flood(client: Client) -> Task:
-    """Send pings, as many as the client takes."""
+    """Send pings as fast as the client reads them."""
     pings = pings_file()
     while not client.at_eof:
         events = yield client.reading | EPOLLOUT
         if events & EPOLLIN:
             client.receive()
         if events & EPOLLOUT and not client.at_eof:
-            cut = client.sent % len(PING)  # bytes of a ping that a partial send has cut
+            cut = client.sent % len(PING)  # bytes already sent of a ping that a partial send has cut
             if pings is None:
                 client.send(PINGS[cut:])
             else:
@@ -368,9 +369,9 @@ def pings_file() -> int | None:
 
 
 def echo(client: Client) -> Task:
-    """Send back what the client sends.  Read no more while it does not take it: backpressure.
+    """Send each chunk back.  Read nothing while a chunk is unsent: this is backpressure.
 
-    For speed, this does itself what client.receive() and client.send() do (README: Speed).
+    For speed, this repeats the code of client.receive() and client.send() (README: Speed).
     """
     descriptor, messages = client.descriptor, client.messages
     while True:
@@ -396,12 +397,14 @@ def echo(client: Client) -> Task:
 
 def heartbeat(client: Client) -> Task:
     """Send one ping per beat.  Skip beats while a ping is unsent, so that unsent data stays bounded."""
+    server, beats = client.server, client.server.beats
     while client.unsent or not client.at_eof:
         events = yield client.interest
         if events & EPOLLIN:
             client.receive()
-        if client.has_new_beat() and not client.unsent and not client.at_eof:
+        if server.beats > beats and not client.unsent and not client.at_eof:
             client.unsent = PING
+        beats = server.beats
         client.flush()
 
 
@@ -409,7 +412,7 @@ def heartbeat(client: Client) -> Task:
 
 
 class Server:
-    """Who is connected, when serving begins, the beat, and the totals.
+    """The clients, the start of serving, the beat and the totals.
 
     A client that finds no free seat waits in the backlog: it is deferred, not refused.
     """
@@ -443,7 +446,7 @@ class Server:
                     self.log.write_line(f"not accepting for now: {reported}")
                     if error.errno == errno.EMFILE and not self.clients:
                         self.log.write_line("no descriptor is left for any client (ulimit -n)")
-                self.loop.timers[self.listener.fileno()] = time.monotonic() + RETRY_DELAY
+                self.loop.wake([self.listener.fileno()], time.monotonic() + RETRY_DELAY)
                 yield 0
 
     def seat(self, sock: socket.socket, address: str) -> None:
@@ -456,7 +459,7 @@ class Server:
         if self.serving:
             self.served += 1
         elif len(self.clients) >= self.wait_for:
-            self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # has one of them ended?
+            self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # disconnected clients leave
             if len(self.clients) >= self.wait_for:
                 self.begin()
 
@@ -475,49 +478,46 @@ class Server:
         """
         due = time.monotonic()
         while True:
-            self.beats += 1
-            self.loop.wake(self.clients)
+            self.loop.wake([NO_DESCRIPTOR], due)
+            yield 0
             now = time.monotonic()
-            due = now + self.every - (now - due) % self.every
-            while time.monotonic() < due:
-                self.loop.timers[NO_DESCRIPTOR] = due
-                yield 0
+            if now >= due:  # else a full output that was drained has woken every task
+                self.beats += 1
+                self.loop.wake(self.clients)
+                due = now + self.every - (now - due) % self.every
 
     def serve(self, client: Client) -> Task:
         """A client's task: its life from its seat to its end."""
         try:
             client.sock.setblocking(False)
-            while not self.serving:  # what the client sends meanwhile waits in the kernel
-                interest = 0 if client.has_sent() else EPOLLIN
-                if client.at_eof:  # a port probe: it connects, sends nothing and closes
-                    break
-                yield interest
-            else:
+            while not self.serving and not client.at_eof:  # what the client sends waits in the kernel
+                yield 0 if client.has_data() else EPOLLIN
+            if not client.at_eof:  # else it is a port probe: it connects, sends nothing and closes
                 yield from self.protocol(client)
         except MemoryError:
             raise
         except Exception as error:  # the connection is broken, or the protocol has a fault
             reset = isinstance(error, ConnectionError)
-            client.reason = "was reset" if reset else f"was lost ({getattr(error, 'strerror', repr(error))})"
-            with suppress(OSError):  # what had arrived before is still there: read it
+            client.reason = "was reset" if reset else f"was lost ({why(error)})"
+            with suppress(OSError):  # data that arrived before the error can still be read
                 arrived = client.received + client.unread()
                 while client.received < arrived and not client.at_eof:
                     while self.messages.full:
                         yield 0
                     client.receive()
-            with suppress(OSError):  # close with a reset, not an end of file: the stream is incomplete
+            with suppress(OSError):  # close with a reset, because the stream is incomplete
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.release(client)
 
     def release(self, client: Client) -> None:
         """Close a connection; the next one in the backlog can have its seat."""
         client.show(b"", final=True)
-        self.loop.forget(client.descriptor)
         del self.clients[client.descriptor]
-        with suppress(OSError):  # the descriptor is free even so: close(2)
+        with suppress(OSError):  # close(2): the descriptor is free even after an error
             client.sock.close()
         received, sent = client.received, client.sent // self.unit_size
-        self.received, self.sent = self.received + received, self.sent + sent
+        self.received += received
+        self.sent += sent
         note = "" if self.serving else ", not counted as a client"
         self.log.write_line(
             f"{client.name} {client.reason}: {self.totals(received, sent)}{note}, {self.seats_taken()}"
@@ -525,16 +525,16 @@ class Server:
         self.loop.wake([self.listener.fileno()])
 
     def finish(self) -> None:
-        """Serve what has arrived.  The kernel sends each client its end of file when the server exits."""
+        """Serve the data that has arrived.  At exit, the kernel sends each client an end of file."""
         self.serving = True
         self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # a client that waited is served
         deadline = time.monotonic() + FINISH_TIMEOUT
-        for client in list(self.clients.values()):  # a copy, because a client that ends leaves it
+        for client in list(self.clients.values()):  # a copy, because a client that ends is removed
             with suppress(OSError):
                 self.finish_client(client, deadline)
 
     def finish_client(self, client: Client, deadline: float) -> None:
-        """Read what has arrived up to now, and what follows before the deadline; complete a cut ping."""
+        """Read all data that has arrived, and data that follows before the deadline; complete a cut ping."""
         arrived, progress = client.received + client.unread(), True
         while client.received < arrived or time.monotonic() < deadline:
             if self.messages.full:
@@ -545,7 +545,7 @@ class Server:
                 progress = client.received + client.sent > before
                 if client.descriptor not in self.clients:
                     return
-            elif not client.receive():  # the protocol reads no more, such as an echo that is not taken
+            elif not client.receive():  # such as an echo whose client does not read
                 break
         client.show(b"", final=True)
         cut = client.sent % self.unit_size
@@ -571,23 +571,19 @@ class Server:
 
 def listen(options: Any) -> socket.socket:
     """Return a listener on the first of the host's addresses that can be used.  Raises CannotContinue."""
-    host = options.host or "0.0.0.0"
-    if host[0] + host[-1] == "[]":
-        host = host[1:-1]
+    host = options.host.strip("[]") or "0.0.0.0"
+    # A name in bytes needs no codec for international names, and so no import of three modules.
+    name = host.encode() if host.isascii() else host
     errors: list[Exception] = []
     try:
-        # A name in bytes needs no codec for international names, and so no import of three modules.
-        name = host.encode() if host.isascii() else host
-        for family, _, _, _, address in sorted(
-            socket.getaddrinfo(name, options.port, type=socket.SOCK_STREAM)
-        ):
+        for family, _, _, _, address in sorted(socket.getaddrinfo(name, options.port, 0, socket.SOCK_STREAM)):
             try:
                 return listen_on(family, address, options)
             except OSError as error:
                 errors.append(error)
-    except (OSError, UnicodeError) as error:  # the name has no address, or is no name
+    except (OSError, UnicodeError) as error:  # the name has no address or is not valid
         errors.append(error)
-    reason = getattr(errors[0], "strerror", None) or errors[0]
+    reason = why(errors[0])
     if getattr(errors[0], "errno", 0) == errno.EADDRINUSE:
         reason = (
             "address already in use (another program uses this port; stop it, or choose another with --port)"
@@ -609,14 +605,13 @@ def listen_on(family: int, address: Any, options: Any) -> socket.socket:
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),  # probes it every 10 s,
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),  # 6 times
         (socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 10000),  # the same for data that it does not acknowledge
+        (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::"),
     ):
         try:
             sock.setsockopt(level, option, value)
         except OSError as error:
-            if error.errno != errno.ENOPROTOOPT:  # this kernel does not know the option
+            if error.errno != errno.ENOPROTOOPT:  # not an option of this kernel, or of IPv4
                 raise
-    if family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
     sock.bind(address)
     sock.listen(min(max(options.connections, socket.SOMAXCONN), 65535))
     sock.setblocking(False)  # a connection may vanish after epoll has reported it
@@ -636,16 +631,16 @@ class Output:
         """`stream` is None if the output was closed before the start, or is not wanted."""
         self.loop, self.name, self.open = loop, name, stream is not None
         self.queue = bytearray()
-        self.full = False  # from OUTPUT_LIMIT on, until everything is written
+        self.full = False  # set above OUTPUT_LIMIT, reset when everything is written
         self.dropped = 0  # log lines
-        self.failure = ""  # why nothing is written any more
-        self.lost = 0  # bytes since then
+        self.failure = ""  # why the output is no longer written
+        self.lost = 0  # bytes that were not written since then
         if stream is not None:
             self.descriptor, self.encoding = stream.fileno(), stream.encoding
-            self.nonblocking = open_nonblocking(self.descriptor)
+            self.write_some = nonblocking_writer(self.descriptor)
 
     def write(self, text: str) -> None:
-        """Queue text.  The caller looks at `full` before, or the queue grows."""
+        """Queue text.  The caller must check `full` first, because the queue has no limit."""
         if not self.open or not text:
             return
         data = text.encode(self.encoding, "backslashreplace")
@@ -665,7 +660,7 @@ class Output:
             self.write(f"{line}\n")
 
     def run(self) -> Task:
-        """The output's task: write what is queued, as fast as it is read."""
+        """The output's task: write the queue as fast as the reader reads it."""
         reported = 0  # dropped lines
         while True:
             self.flush()
@@ -681,62 +676,59 @@ class Output:
             try:
                 yield EPOLLOUT if self.queue else 0
             except OSError:  # epoll cannot watch it now: try again later
-                self.loop.timers[self.descriptor] = time.monotonic() + RETRY_DELAY
+                self.loop.wake([self.descriptor], time.monotonic() + RETRY_DELAY)
                 yield 0
 
     def flush(self) -> None:
-        """Write as much as does not block."""
+        """Write as much as the kernel accepts now."""
         try:
             while self.queue:
-                del self.queue[: write_nonblocking(self.descriptor, self.nonblocking, self.queue)]
+                del self.queue[: self.write_some(self.queue)]
         except BlockingIOError:
             pass
         except OSError as error:
-            self.give_up(f"can no longer be written: {error.strerror}")
+            self.give_up(f"can no longer be written: {why(error)}")
 
     def drain(self) -> None:
         """Write everything, or give up when nothing is read for FLUSH_TIMEOUT.  This waits."""
         self.flush()
         while self.queue:
-            if not select([], [self.descriptor], [], FLUSH_TIMEOUT)[1]:
+            if select([], [self.descriptor], [], FLUSH_TIMEOUT)[1]:
+                self.flush()
+            else:
                 self.give_up("has stalled")
-            self.flush()
         self.full = False
 
     def give_up(self, failure: str) -> None:
-        """Write nothing any more, and count the bytes that are lost."""
+        """Stop writing, and begin to count the lost bytes."""
         self.failure, self.lost = failure, len(self.queue)
         self.queue.clear()
 
 
-def open_nonblocking(descriptor: int) -> int | None:
-    """Return a descriptor of the same output to which a write never waits; None if there can be none.
+def nonblocking_writer(descriptor: int) -> Callable[[bytearray], int]:
+    """Return a write function that raises BlockingIOError instead of waiting.
 
     O_NONBLOCK on an inherited descriptor affects every process that shares it, such as the shell
     (fcntl(2)).  So open the pipe or terminal again.
     """
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor  # a file has no reader to wait for
-    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    with suppress(OSError):  # a socket, another user's terminal (after su), or no /proc
-        return os.open(f"/proc/self/fd/{descriptor}", flags)
-    return None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a file has no reader to wait for
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            descriptor = os.open(f"/proc/self/fd/{descriptor}", flags)
+        except OSError:  # a socket, another user's terminal (after su), or no /proc
+            return functools.partial(write_if_ready, descriptor)
+    return functools.partial(write, descriptor)
 
 
-def write_nonblocking(descriptor: int, nonblocking: int | None, data: bytearray) -> int:
-    """Write some of the bytes; return how many.  Raises BlockingIOError instead of waiting."""
-    if nonblocking is not None:
-        return write(nonblocking, data)
-    if select([], [descriptor], [], 0)[1]:
-        size = 1 if os.isatty(descriptor) else PIPE_BUF  # that much does not block: pipe(7)
-        return write(descriptor, data[:size])
-    raise BlockingIOError
+def write_if_ready(descriptor: int, data: bytearray) -> int:
+    """Write as many bytes as certainly do not block; return how many.  Raises OSError."""
+    if not select([], [descriptor], [], 0)[1]:
+        raise BlockingIOError
+    size = 1 if os.isatty(descriptor) else PIPE_BUF  # that much does not block: pipe(7)
+    return write(descriptor, data[:size])
 
 
 # -------------------------------------------------------------------- the stop signal
-
-
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def catch_signals() -> int:
@@ -749,7 +741,7 @@ def catch_signals() -> int:
 
 def handle_signals(handler: Any) -> None:
     """Set the handler of the stop signals.  One that is ignored stays ignored: nohup(1), background jobs."""
-    for number in STOP_SIGNALS:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
@@ -773,17 +765,15 @@ class TracedLoop(Loop):
     Polls that report nothing are not logged, nor are the outputs: each line would cause another.
     """
 
+    log: Output  # run() sets it before the first task starts
+
     def __init__(self) -> None:
         super().__init__()
-        self.log: Output | None = None
-        self.names: dict[int, str] = {}
-        self.counted: dict[int, object] = {}
-        self.began, self.depth = time.monotonic(), 0
+        self.began = time.monotonic()
 
     def trace(self, text: str) -> None:
-        """Log a line: the time in seconds, and the text, indented by its depth."""
-        if self.log:
-            self.log.write_line(f"{time.monotonic() - self.began:8.3f}  {'  ' * self.depth}{text}")
+        """Log a line: the time in seconds, and the text."""
+        self.log.write_line(f"{time.monotonic() - self.began:8.3f}  {text}")
 
     def wait(self) -> Iterable[tuple[int, int]]:
         """Loop.wait, traced: how many descriptors are ready, and how long that took."""
@@ -793,41 +783,28 @@ class TracedLoop(Loop):
             self.trace(f"epoll_wait: {len(ready)} ready after {time.monotonic() - began:.3f} s")
         return ready
 
-    def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
-        """Loop.start, which remembers the name and what is counted."""
-        self.names[descriptor], self.counted[descriptor] = name, counted
-        super().start(name, descriptor, task, counted)
-
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
-        """Loop.resume, traced."""
+        """Loop.resume, traced: which task is resumed and why, then what it has done."""
         for descriptor, events in batch:
-            if events is None or self.log is None or self.names[descriptor].startswith("standard "):
-                super().resume([(descriptor, events)])
-            else:
-                self.resume_one(descriptor, events, self.log)
-
-    def resume_one(self, descriptor: int, events: int, log: Output) -> None:
-        """Log which task is resumed and why, resume it, and log what it has done."""
-        name, counted, depth = self.names[descriptor], self.counted[descriptor], self.depth
-        self.depth = 0 if name == "beat" else 1
-        self.trace(f"{name}: {event_names(events) or 'resumed'}")
-        self.depth += 1
-        place, before = len(log.queue), [getattr(counted, attribute, None) for attribute in EFFECTS]
-        super().resume([(descriptor, events)])
-        after = [getattr(counted, attribute, None) for attribute in EFFECTS]
-        effects = [text(old, new) for text, old, new in zip(EFFECTS.values(), before, after) if old != new]
-        if effects:
-            later = log.queue[place:]  # the lines that the task itself has logged
-            del log.queue[place:]
-            self.trace(", ".join(effects))
-            log.queue += later
-        self.depth = depth
+            name, counted = self.names[descriptor], self.counted[descriptor]
+            if name and events is not None:
+                self.trace(f"{'' if name == 'beat' else '  '}{name}: {event_names(events) or 'resumed'}")
+            before, place = counted.copy(), len(self.log.queue)
+            super().resume([(descriptor, events)])
+            changed = [key for key in EFFECTS if key in counted and counted[key] != before[key]]
+            if changed:
+                later = self.log.queue[place:]  # the lines that the task itself has logged
+                del self.log.queue[place:]
+                self.trace("    " + ", ".join(EFFECTS[key](before[key], counted[key]) for key in changed))
+                self.log.queue += later
 
     def set_interest(self, descriptor: int, interest: int) -> None:
         """Loop.set_interest, traced."""
         super().set_interest(descriptor, interest)
-        if not self.names[descriptor].startswith("standard "):
-            self.trace(f"epoll_ctl: {self.names[descriptor]} waits for {event_names(interest) or 'nothing'}")
+        if self.names[descriptor]:
+            self.trace(
+                f"    epoll_ctl: {self.names[descriptor]} waits for {event_names(interest) or 'nothing'}"
+            )
 
 
 EFFECTS: dict[str, Callable[[Any, Any], str]] = {  # what to log when an attribute has changed
@@ -849,7 +826,7 @@ def event_names(events: int) -> str:
 
 EPILOG = """\
 examples:
-  two terminals, and the server starts serving with the second client:
+  two terminals (serving starts when the second client connects):
     python3 non_block_io_server.py
     python3 client.py
   an echo for tests, on a free port that the first line shows:
@@ -857,7 +834,7 @@ examples:
   a heartbeat:
     python3 non_block_io_server.py --every 1 --wait-for 1
 
-With --host 0.0.0.0 (every IPv4 address) or :: (IPv6 also), anyone who can reach this machine can connect.
+With --host 0.0.0.0 (every IPv4 address) or :: (also IPv6), anyone who can reach this machine can connect.
 
 exit status:
   0  stopped by SIGINT, SIGTERM or SIGHUP
@@ -886,15 +863,12 @@ def arguments() -> argparse.Namespace:
     kind.add_argument("--every", type=float, metavar="SECONDS", help="send one ping every SECONDS")
     add("--quiet", action="store_true", help="print no messages")
     add("--reuse-port", action="store_true", help="share the port with other copies (SO_REUSEPORT)")
-    add("--trace", action="store_true", help="log what the loop does, without busy polls")
+    add("--trace", action="store_true", help="log each event and its effects, but no busy polls")
     options = parser.parse_args()
     if options.wait_for is None:
         options.wait_for = options.connections
-    for name, least, most in (
-        ("port", 0, 65535),
-        ("connections", 1, 10**7),
-        ("wait_for", 1, options.connections),
-    ):
+    bounds = {"port": (0, 65535), "connections": (1, 10**7), "wait_for": (1, options.connections)}
+    for name, (least, most) in bounds.items():
         if not least <= getattr(options, name) <= most:
             parser.error(f"argument --{name.replace('_', '-')}: must be from {least} to {most}")
     if options.every is not None and not 0 < options.every < float("inf"):
@@ -907,20 +881,19 @@ def arguments() -> argparse.Namespace:
 def main(protocol: Protocol = flood) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP, as the command line says; then raise SystemExit.
 
-    `protocol` is what a client is served without --echo and --every.  The exit status is 0 after a
+    `protocol` serves each client unless --echo or --every is given.  The exit status is 0 after a
     signal, 1 if the server cannot continue (one line on standard error says why), 2 for wrong usage.
     """
     options = arguments()
     if epoll is None:
         sys.exit(NO_EPOLL)
     try:
-        status = run(options, echo if options.echo else heartbeat if options.every else protocol)
+        sys.exit(run(options, echo if options.echo else heartbeat if options.every else protocol))
     except CannotContinue as failure:
         sys.exit(str(failure))
     except MemoryError:
         write(2, OUT_OF_MEMORY)
         os._exit(1)  # Python's own exit could need memory
-    sys.exit(status)
 
 
 def run(options: argparse.Namespace, protocol: Protocol) -> int:
@@ -935,6 +908,8 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
     server = Server(loop, options, protocol, messages, log)
     address = name_of(attempt("read the listener's address", server.listener.getsockname))
     log.write_line(f"listening on {address}, waiting for {count(options.wait_for, 'client')}")
+    if isinstance(loop, TracedLoop):
+        loop.log = log
     raise_file_limit(options.connections + SPARE_FILES, log)
     if not messages.open and not options.quiet:
         log.write_line("standard output is not open: messages are not shown")
@@ -942,9 +917,7 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
     try:
         for output in {messages, log}:
             if output.open:
-                loop.start(output.name, output.descriptor, output.run())
-        if isinstance(loop, TracedLoop):
-            loop.log = log
+                loop.start("", output.descriptor, output.run())  # traced, each line would cause another
         attempt("watch for signals", loop.start, "signal", signals, stop_signal(loop))
         loop.start("listener", server.listener.fileno(), server.accept())
         attempt("wait for events", loop.run)
@@ -969,7 +942,7 @@ def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except OSError as error:
-        raise CannotContinue(f"cannot {what}: {error.strerror}") from None
+        raise CannotContinue(f"cannot {what}: {why(error)}") from None
 
 
 def raise_file_limit(needed: int, log: Output) -> None:

@@ -4,15 +4,15 @@ pytest gets all arguments.  If this Python has no pytest, pip installs it in the
 folder where a virtual environment of this Python version keeps its packages.
 """
 
-import glob
 import importlib.util
 import os
+import runpy
 import shlex
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from typing import Any, List, NoReturn
+from typing import NoReturn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -20,9 +20,9 @@ VENV = os.path.join(ROOT, ".venv")
 PACKAGES = sysconfig.get_path("purelib", "posix_prefix", {"base": VENV})
 OLDEST_PYTHON, OLDEST_PYTEST = (3, 8), 6
 
-# Settings of pip that contradict --target, or that stop or question an installation.
-PIP_SETTINGS = {"PIP_" + name: "" for name in ("PREFIX", "ROOT", "PYTHON", "DRY_RUN", "NO_DEPS")}
-PIP_SETTINGS.update(PIP_REQUIRE_VIRTUALENV="0", PIP_USER="0", PIP_NO_INPUT="1")
+# What the user has set for pip must not contradict --target, or stop or question the installation.
+PIP_OPTIONS = ["--quiet", "--upgrade", "--prefix=", "--target", PACKAGES]
+PIP_SETTINGS = {"PIP_REQUIRE_VIRTUALENV": "0", "PIP_USER": "0", "PIP_NO_INPUT": "1"}
 PIP_SETTINGS.update(PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
 
 
@@ -31,19 +31,19 @@ def fail(reason: str) -> NoReturn:
     sys.exit(f"tests: {reason}")
 
 
-def import_pytest() -> Any:
-    """Return the module, or None if it is missing, broken or too old."""
+def has_pytest() -> bool:
+    """Return whether a pytest can be imported that is neither broken nor too old."""
     before = set(sys.modules)
     try:
         import pytest
 
         if int(pytest.__version__.split(".")[0]) >= OLDEST_PYTEST:
-            return pytest
+            return True
     except Exception:  # for example an old pytest on a new Python
         pass
     for name in set(sys.modules) - before:
         del sys.modules[name]
-    return None
+    return False
 
 
 def install_pytest() -> None:
@@ -55,49 +55,48 @@ def install_pytest() -> None:
         fail(
             f"cannot install pytest in {VENV}: {error.strerror} (install it yourself, or copy the repository)"
         )
-    print(f"tests: this Python has no pytest; pip installs it in {VENV}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip"]
         if not importlib.util.find_spec("pip"):  # the venv module may bring its own
-            if subprocess.call([sys.executable, "-m", "venv", folder], stdout=subprocess.DEVNULL, cwd=ROOT):
+            venv = [sys.executable, "-m", "venv", folder]
+            if subprocess.run(
+                venv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+            ).returncode:
                 fail("this Python has no pip to install pytest (Debian, Ubuntu: apt install python3-pip)")
             pip = [os.path.join(folder, "bin", "python"), "-I", "-m", "pip"]
-        command = [*pip, "install", "--quiet", "--upgrade", "--target", PACKAGES, "pytest"]
+        print(f"tests: this Python has no pytest; pip installs it in {VENV}", file=sys.stderr, flush=True)
+        command = [*pip, "install", *PIP_OPTIONS, "pytest"]
         environment = {**os.environ, **PIP_SETTINGS}
         if subprocess.call(command, env=environment, stdin=subprocess.DEVNULL, cwd=ROOT):
             fail("pip cannot install pytest; its reason is above")
     importlib.invalidate_caches()
 
 
-def main(arguments: List[str]) -> int:
-    """Return pytest's exit status."""
+def main() -> None:
+    """Run pytest.  SystemExit brings its exit status."""
     if sys.version_info < OLDEST_PYTHON:
         fail("Python 3.8 or newer is needed; this is {}.{}".format(*sys.version_info))
     sys.path[0] = HERE  # it is relative to the current directory, or is that directory
-    pytest = import_pytest()
-    if not pytest:
+    if not has_pytest():
         sys.path.insert(0, PACKAGES)
-        pytest = import_pytest()
-    if not pytest:
-        install_pytest()
-        pytest = import_pytest()
-    if not pytest:
-        fail(f"pip installed pytest in {VENV}, but this Python cannot import it")
+        if not has_pytest():
+            install_pytest()
+            if not has_pytest():
+                fail(f"pip installed pytest in {VENV}, but this Python cannot import it")
 
     # Paths among the arguments are relative to the current directory.  Without one, pytest takes testpaths.
-    settings = [
-        "testpaths=" + shlex.quote(glob.escape(HERE)),
-        "cache_dir=" + os.path.join(ROOT, ".pytest_cache"),
-    ]
     options = ["-c", os.path.join(ROOT, ".pytest.ini"), "--rootdir", os.getcwd()]
-    options += [word for setting in settings for word in ("-o", setting)]
-    if not os.access(ROOT, os.W_OK):
+    options += ["-o", "testpaths=" + shlex.quote(os.path.relpath(HERE))]
+    if os.access(ROOT, os.W_OK):
+        options += ["-o", "cache_dir=" + os.path.join(ROOT, ".pytest_cache")]
+    else:
         options += ["-p", "no:cacheprovider"]
-    return int(pytest.main([*options, *arguments]))
+    sys.argv[1:1] = options
+    runpy.run_module("pytest", run_name="__main__", alter_sys=True)  # as `python3 -m pytest`
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        main()
     except KeyboardInterrupt:
         sys.exit(130)

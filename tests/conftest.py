@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator
 
@@ -19,12 +22,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVER = str(ROOT / "non_block_io_server.py")
 CLIENT = str(ROOT / "client.py")
 sys.path.insert(0, str(ROOT))
+os.environ["PATH"] += ":/usr/sbin:/sbin"  # not in every user's PATH; HAProxy and ss may be there
 DEADLINE = 15.0  # seconds until a test gives up to wait for what should happen at once
 
 
-def eventually(condition: Callable[[], Any], what: str) -> Any:
+@pytest.hookimpl(tryfirst=True)  # before the fixtures
+def pytest_runtest_setup() -> None:
+    """Skip each test on a system without epoll."""
+    if not hasattr(select, "epoll"):
+        pytest.skip(f"epoll is needed, which only Linux has; this is {platform.system()}")
+
+
+def eventually(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> Any:
     """The condition's value as soon as it is true; fails where that takes too long."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()
         if value:
@@ -209,3 +220,43 @@ def start() -> Iterator[Callable[..., Server]]:
     yield start
     for server in servers:
         server.close()
+
+
+@contextmanager
+def turn() -> Iterator[None]:
+    """Hold the right to use port 10001, among all the test suites that run on this machine."""
+    with socket.socket(socket.AF_UNIX) as mark:
+
+        def has_turn() -> bool:
+            with suppress(OSError):
+                mark.bind("\0port 10001")  # an abstract name disappears with its socket, unix(7)
+                return True
+            return False
+
+        eventually(has_turn, "another test suite releases port 10001", 10 * DEADLINE)
+        yield
+
+
+def port_is_free() -> bool:
+    """Return whether a server could listen on port 10001."""
+    with suppress(OSError), socket.create_server(("", 10001)):
+        return True
+    return False
+
+
+@pytest.fixture(scope="session")
+def port_10001_is_free() -> None:
+    """Skip the tests that need port 10001 if another program uses it."""
+    with turn():
+        try:
+            eventually(port_is_free, "port 10001 is free", 1)
+        except AssertionError:
+            pytest.skip("another program uses port 10001: stop it (ss -ltnp 'sport = :10001' shows it)")
+
+
+@pytest.fixture
+def port_10001(port_10001_is_free: None) -> Iterator[int]:
+    """The lecture's port, which no other suite uses during the test."""
+    with turn():
+        eventually(port_is_free, "port 10001 is free again")
+        yield 10001

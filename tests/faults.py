@@ -3,13 +3,14 @@
     python3 tests/faults.py          lists the faults
     python3 tests/faults.py NAME     shows one, or `all`
 
-Each is a function: what the clients do, step by step, with plain sockets, and what was observed.
+Each fault is a function: what the clients do, step by step, with plain sockets, and what it observes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import select
 import signal
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Callable, Tuple
 
 HERE = Path(__file__).resolve().parent
-DEADLINE = 15.0  # seconds until we give up to wait for what should happen at once
-QUIET = 1.0  # seconds in which there is something to read for a client that is served
-KEPT = 32 << 20  # bytes: more than the kernel keeps for a client when its server has died
-PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client gets
+DEADLINE = 15.0  # seconds to wait for something that should happen immediately
+QUIET = 1.0  # seconds without data after which a client counts as not served
+KEPT = 32 << 20  # bytes: more than the kernel still holds for a client after its server ended
+PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client receives
 
 # The lecture's script: {port} replaces its port, and one more line reports the port.  It obeys Ctrl-C even
 # in a background job, and the kernel ends it after 10 s of processor time if it outlives us.
@@ -41,13 +42,19 @@ SERVERS = {
 }
 
 
+def need_epoll(tool: str) -> None:
+    """Exit, with one line, on a system without epoll."""
+    if not hasattr(select, "epoll"):
+        sys.exit(f"{tool}: epoll is needed, which only Linux has; this is {platform.system()}")
+
+
 def command(name: str, port: int = 0) -> list[str]:
     """Return the command that starts one of SERVERS on the port."""
     return [sys.executable, "-X", "utf8", *(word.replace("{port}", str(port)) for word in SERVERS[name])]
 
 
 class Server:
-    """A server in a process of its own.  It ends with the stack, and its clients do."""
+    """A server in a process of its own.  The stack ends it and its clients."""
 
     def __init__(self, stack: ExitStack, name: str, port: int = 0, piped: bool = False) -> None:
         self.stack = stack
@@ -67,14 +74,14 @@ class Server:
         return [self.stack.enter_context(socket.create_connection(address, DEADLINE)) for _ in range(number)]
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until the condition is true, or the server has ended."""
+        """Wait until the condition is true or the server has ended."""
         end = time.monotonic() + DEADLINE
         while not condition() and self.process.poll() is None:
             assert time.monotonic() < end, f"it printed {text(self.out)[-500:]!r}, {text(self.err)[-500:]!r}"
             time.sleep(0.005)
 
     def watched(self, seconds: float) -> tuple[float, int, str]:
-        """How much of a core it uses, and how often it goes to sleep, from now on; its state after."""
+        """Return how much of a core it uses, how often it goes to sleep, and its state after that."""
         naps, ticks, proc = [], [], Path(f"/proc/{self.process.pid}")  # proc(5)
         for pause in (seconds, 0):
             state, *fields = (proc / "stat").read_text().rpartition(")")[2].split()
@@ -84,7 +91,7 @@ class Server:
         return (ticks[1] - ticks[0]) / os.sysconf("SC_CLK_TCK") / seconds, naps[1] - naps[0], state
 
     def fate(self, other: socket.socket) -> tuple[bool, str]:
-        """What becomes of it, and of its other client."""
+        """Return what happens to the server, and to its other client."""
         heard = hears(other)
         if heard == END:
             self.process.wait(DEADLINE)
@@ -93,12 +100,12 @@ class Server:
 
 
 def text(file: int) -> str:
-    """What is in the file, without moving the place where a server writes."""
+    """Return the content of the file; the server's position in it stays."""
     return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
 
 
 def hears(client: socket.socket) -> str:
-    """What a client gets from now on, besides what the kernel has kept for it: PINGS, NOTHING or END."""
+    """Return what a client receives, besides what the kernel holds for it: PINGS, NOTHING or END."""
     client.settimeout(QUIET)
     try:
         with client.makefile("rb") as stream:
@@ -109,22 +116,22 @@ def hears(client: socket.socket) -> str:
         return END
 
 
-Start = Callable[..., Server]  # start(port=0, piped=False) starts the kind of server that is looked at
-Seen = Tuple[bool, str]  # what was observed of it: whether the fault has happened, and what has
+Start = Callable[..., Server]  # start(port=0, piped=False) starts the server to observe
+Seen = Tuple[bool, str]  # whether the fault happened, and what did
 
 
 def reset(start: Start) -> Seen:
     """a client sends a message, never reads, and leaves"""
     server = start()
     first, other = server.clients()
-    first.recv(1, socket.MSG_PEEK)  # pings have come, and stay unread
+    first.recv(1, socket.MSG_PEEK)  # pings have arrived, and stay unread
     first.sendall(b"Some message...")
-    first.close()  # of which the kernel makes a reset
+    first.close()  # the kernel sends a reset
     return server.fate(other)
 
 
 def leave(start: Start) -> Seen:
-    """a client leaves politely"""
+    """a client half-closes its connection"""
     server = start()
     server.clients()[0].shutdown(socket.SHUT_WR)  # its end of file: recv returns b"" from now on
     load, _, _ = server.watched(0.5)
@@ -133,7 +140,7 @@ def leave(start: Start) -> Seen:
 
 
 def split(start: Start) -> Seen:
-    """a letter of two bytes is split over two packets"""
+    """a character of two bytes is split over two packets"""
     server = start()
     first, other = server.clients()
     first.sendall(b"Br\xc3")
@@ -142,7 +149,7 @@ def split(start: Start) -> Seen:
         first.sendall(b"\xbccke")
         server.until(lambda: "cke" in text(server.out))
     (dies, words), whole = server.fate(other), "\u00fccke" in text(server.out)
-    return dies or not whole, words + ("" if dies else f", the letter is {'whole' if whole else 'broken'}")
+    return dies or not whole, words + ("" if dies else f", the character is {'whole' if whole else 'broken'}")
 
 
 def bytes_(start: Start) -> Seen:
@@ -155,7 +162,7 @@ def bytes_(start: Start) -> Seen:
 
 
 def starve(start: Start) -> Seen:
-    """a client keeps sending, and reads whatever it is sent"""
+    """a client sends all the time, and reads everything it receives"""
     first, _ = start().clients()
     first.setblocking(False)
     sent = got = 0
@@ -165,12 +172,12 @@ def starve(start: Start) -> Seen:
             sent += first.send(b"Some message...\n" * 4096)
         if readable:
             size = len(first.recv(1 << 20))
-            got += size if sent > 4 << 20 else 0  # by then, what came before it sent has been read
+            got += size if sent > 4 << 20 else 0  # earlier pings have been read by then
     return got < 1 << 16, f"gives it {got:,} bytes of pings for 4 MiB of its own"
 
 
 def restart(start: Start) -> Seen:
-    """it is stopped while clients are there, and started again at once"""
+    """it is stopped while clients are connected, and started again immediately"""
     server = start()
     for client in server.clients():
         client.recv(1)
@@ -181,8 +188,8 @@ def restart(start: Start) -> Seen:
 
 
 def print_(start: Start) -> Seen:
-    """its output is piped to something slow"""
-    server = start(piped=True)  # and nobody reads
+    """its output is a pipe that nobody reads"""
+    server = start(piped=True)
     first, other = server.clients()
     first.sendall(b"Some message...\n" * 8192)  # 128 KiB; a pipe holds 64
     return server.fate(other)
@@ -198,7 +205,7 @@ def escape(start: Start) -> Seen:
 
 
 def stop(start: Start) -> Seen:
-    """it is stopped with Ctrl-C, or by SIGTERM"""
+    """it is stopped with Ctrl-C or SIGTERM"""
     ends = []
     for number in (signal.SIGINT, signal.SIGTERM):
         server = start()
@@ -209,17 +216,17 @@ def stop(start: Start) -> Seen:
 
 
 def idle(start: Start) -> Seen:
-    """nobody sends, and nobody reads"""
+    """no client sends or reads"""
     server = start()
     for client in server.clients():
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    server.until(lambda: server.watched(0.1) == (0, 0, "S"))  # nothing more fits into the connections
+    server.until(lambda: server.watched(0.1) == (0, 0, "S"))  # the connections are full
     _, times, _ = server.watched(2.2)
     return times > 0, f"wakes {times} times in 2.2 s"
 
 
 def third(start: Start) -> Seen:
-    """a third client comes, then the first one leaves"""
+    """a third client connects, then the first one disconnects"""
     first, _, newcomer = start().clients(3)
     first.shutdown(socket.SHUT_WR)
     heard = hears(newcomer)
@@ -231,7 +238,7 @@ FAULTS = {fault.__name__.rstrip("_"): fault for fault in ALL}
 
 
 def observe(name: str) -> list[Seen]:
-    """Let the fault happen to each of SERVERS."""
+    """Return what each of SERVERS does in this situation."""
 
     def run(server: str) -> Seen:
         with ExitStack() as stack:
@@ -242,9 +249,13 @@ def observe(name: str) -> list[Seen]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Shows what goes wrong with the lecture's script.")
-    parser.add_argument("name", nargs="?", choices=(*FAULTS, "all"), help="a fault (without: lists them)")
+    parser = argparse.ArgumentParser(description="Show what goes wrong with the lecture's script.")
+    parser.add_argument(
+        "name", nargs="?", choices=(*FAULTS, "all"), help="a fault (default: list all faults)"
+    )
     wanted = parser.parse_args().name
+    if wanted:
+        need_epoll("faults")
     for name, fault in FAULTS.items():
         if not wanted:
             print(f"{name:<8}  {fault.__doc__}")

@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
-"""A soak: random clients that behave in every manner, in every mode of the server, for as long as you like.
+"""A soak test: random clients use the server in every mode and in every way, for as long as you like.
 
     python3 tests/soak.py --seconds 600
 
-Each mode (pings, --echo, --every; few seats or many; --quiet or not) is a server of its own, and
-lives through turns of two kinds:
+Each mode (pings, --echo, --every; few seats or many; --quiet or not; one copy, or three with
+--reuse-port) has a server of its own.  It goes through these turns:
 
-    crowd   many clients at once, each with words, a manner of reading and a manner of leaving
-            drawn by lot, while the server is suspended and its outputs stall now and then
-    stall   its standard output is not read until it can do no more than send pings
+    probe      before serving begins, clients connect and leave without a byte
+    crowd      many clients at once: what each one sends, how it reads and how it leaves is random;
+               now and then the server is suspended, or one of its outputs is not read
+    stall      standard output is not read until the server can only send pings
+    stall_log  standard error is not read until the server drops lines (in some modes)
+    stop       a signal arrives while the server is suspended and bytes wait to be read
 
-After each, when nobody is there any more, all is settled: every byte that was read, every
-message that was shown, every figure that was told, the process's descriptors, its memory and
-its processor time.
+After each turn all clients have left, and everything is checked: each byte that a client read, each
+message, each figure of the log, the number of descriptors, the memory and the processor time.
 
-Nothing is judged by how long it takes, but for this: nothing at all for STALL seconds is wrong.
+No check depends on how long something takes, except one: nothing at all for STALL seconds is a loss.
 """
 
 from __future__ import annotations
@@ -36,16 +38,20 @@ import sys
 import termios
 import threading
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, AnyStr, Callable
+from typing import IO, AnyStr, Callable, Dict
 
 STALL = 60.0  # seconds
-TURN = 2.0  # seconds that clients of a crowd go on coming
+TURN = 2.0  # seconds in which new clients of a crowd connect
 CROWD = 20  # clients at once
-QUEUE = 64  # clients that may wait for a seat: where a backlog is full, the kernel loses some
-MEMORY = 24 << 20  # bytes that a server may have more than at its start
-GROWTH = 4 << 20  # ... and at its end more than when it was warm: an allocator keeps some
+COPIES = 3  # servers on one port, with --reuse-port
+BACKLOG = 64  # clients that wait for a seat, at most: the kernel loses some when its backlog is full
+PROBES = 9000  # connections whose log lines fill standard error
+PROBE_ADDRESS = "127.255.0.1"  # no client has it
+MEMORY = 24 << 20  # bytes that a server may use more than at its start
+GROWTH = 4 << 20  # bytes that it may use more at its end than when it was warm: an allocator keeps some
 
 PINGS = b"ping" * (1 << 17)
 ROWS = "".join(f"{row:07d} Grüße, 世界{' ' if row % 20 else chr(10)}" for row in range(150000)).encode()
@@ -53,141 +59,167 @@ NOISE = random.Random(0).getrandbits(8 << 20).to_bytes(1 << 20, "big")
 PHRASES = (
     b"Some message...\n",
     b"data received... (client 1, 127.0.0.1:1)\n",
-    "Grüße, 世界 🙂".encode(),
+    "Grüße, 世界 🙂 👩‍👧\r\n".encode(),
+    "\r世\r\r\n\u2028\u202e\u200b\U000e0041\ue000\u0378".encode(),
     b"\x1b[31mred\x07\r\n\n\n  and\tmore\x00\xc2\x9b",
     b"no text: \xff\xfe\xe4\xb8 \xf0\x9f\x99",
 )
 
-LISTENING = re.compile(r"listening on \S+:(\d+)\b.*")
-CONNECTED = re.compile(r"client (\d+) connected from (\S+), .*")
-GONE = re.compile(r"client (\d+) (.+?): ([\d,]+) bytes? received, ([\d,]+) \w+ sent\b.*")
-STOPPED = re.compile(r"stopped: ([\d,]+) clients? served, ([\d,]+) bytes? received, ([\d,]+) \w+ sent\b.*")
+JOINERS = "\u200c\u200d"  # escaped, or not, as their neighbours are; here they always pass
+TITLE = "data received..."
 HEADER = re.compile(r"data received\.\.\. \(client (\d+), (\S+)\)")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+LISTENING = re.compile(r"listening on \S+:(\d+), waiting for \d+ clients?")
+CONNECTED = re.compile(r"client (\d+) connected from (\S+), .*")
+ENDED = re.compile(
+    r"client (\d+) (.+?): ([\d,]+) bytes? received, ([\d,]+) \w+ sent(, not counted as a client)?, .*"
+)
+DROPPED = re.compile(r"([\d,]+) log lines? dropped: standard error was full")
+STOPPED = re.compile(
+    r"stopped: ([\d,]+) clients? served, ([\d,]+) bytes? received, ([\d,]+) \w+ sent"
+    r"(?:, ([\d,]+) log lines? dropped)?"
+)
 
 
-class Wrong(Exception):
-    """What the server must not do."""
+class Loss(Exception):
+    """The server did something wrong."""
 
 
-def visible(data: bytes) -> str:
-    """How these bytes are shown, but for newlines: one at the end of a piece is not, and pieces vary."""
-    text = data.decode("utf-8", "replace").replace("\n", "")
-    return CONTROL.sub(lambda control: f"\\x{ord(control[0]):02x}", text)
+class Escapes(Dict[int, str]):
+    """How the server prints each character, for str.translate()."""
+
+    def __missing__(self, code: int) -> str:
+        character, kind = chr(code), unicodedata.category(chr(code))
+        if kind[0] not in "CZ" or kind == "Zs" or character in JOINERS + "\t":
+            self[code] = character
+        else:
+            self[code] = character.encode("unicode_escape").decode().replace("\\r", "\\x0d")
+        return self[code]
 
 
-def differ(what: str, real: AnyStr, due: AnyStr) -> None:
-    """Raise Wrong, with the first difference, where there is one."""
-    if real != due:
-        at = next((at for at, (a, b) in enumerate(zip(real, due)) if a != b), min(len(real), len(due)))
-        raise Wrong(f"{what}: {real[at : at + 20]!r} in place of {due[at : at + 20]!r}, at {at}")
+ESCAPES = Escapes()
 
 
-class Patience:
-    """Ends when, for so many seconds, nothing has changed; a pause of the whole machine counts as one."""
+def printed(data: bytes) -> str:
+    """Return how the server prints these bytes, without newlines: where a chunk ends is not known."""
+    return data.decode("utf-8", "replace").replace("\r\n", "").replace("\n", "").translate(ESCAPES)
+
+
+def compare(what: str, real: AnyStr, expected: AnyStr) -> None:
+    """Raise Loss, with the first difference, unless both are equal."""
+    if real != expected:
+        pairs = enumerate(zip(real, expected))
+        at = next((at for at, (a, b) in pairs if a != b), min(len(real), len(expected)))
+        raise Loss(f"{what}: {real[at : at + 20]!r} instead of {expected[at : at + 20]!r}, at {at}")
+
+
+class Timeout:
+    """A limit on the seconds without a change.  A pause of the whole machine counts as one second."""
 
     def __init__(self, seconds: float = STALL) -> None:
         self.seconds, self.idle, self.last = seconds, 0.0, time.monotonic()
         self.state: tuple[int, ...] = ()
 
-    def ended(self, *state: int) -> bool:
+    def expired(self, *state: int) -> bool:
         now = time.monotonic()
         self.idle = self.idle + min(now - self.last, 1.0) if state == self.state else 0.0
         self.last, self.state = now, state
         return self.idle >= self.seconds
 
 
-def numbers(*texts: str) -> list[int]:
-    return [int(text.replace(",", "")) for text in texts]
+def numbers(*texts: str | None) -> list[int]:
+    return [int((text or "0").replace(",", "")) for text in texts]
 
 
 class Client:
-    """One connection, and what is known of it."""
+    """One connection, and what is known about it."""
 
-    def __init__(self, server: Server, rng: random.Random, words: bytes) -> None:
-        self.server, self.rng, self.words = server, rng, words
+    def __init__(self, service: Service, rng: random.Random, data: bytes) -> None:
+        self.service, self.rng, self.data = service, rng, data
         self.urgent = -1  # index of the byte that is sent out of band
-        self.bite = self.gulp = 1 << 18  # bytes of one send, and of one recv, at most
-        self.sent = self.got = self.faults = 0
-        self.ended = False  # its end of file has come
-        self.polite = False  # nothing may be lost, in either direction
-        self.certain = False  # all that it has sent has arrived
+        self.send_size = self.recv_size = 1 << 18  # bytes per call, at most
+        self.sent = self.received = self.faults = 0
+        self.at_eof = False
+        self.graceful = False  # nothing may be lost, in either direction
+        self.arrived = False  # everything that it sent has arrived
         self.number = 0  # in the headers of its messages
-        self.shown: list[str] = []
-        self.size = 0  # characters shown
-        self.fate: tuple[int, str, int, int] | None = None  # number, how it went, received, sent
-        self.told = ""  # what should be shown
-        server.wait(lambda: server.made() - server.accepted < QUEUE, "clients are accepted")
+        self.lines: list[str] = []  # of its messages
+        self.size = 0  # characters in them
+        self.expected = ""  # what they should be
+        self.logged: tuple[int, str, int, int] | None = None  # number, reason, received, sent
+        service.wait(lambda: service.waiting() < BACKLOG, "clients are accepted")
         self.sock = socket.socket()
         self.sock.settimeout(STALL)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if rng.random() < 0.3:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        if rng.random() < 0.3:  # odd segments: on loopback, the server's sends are cut between pings else
+        if rng.random() < 0.3:  # odd segments, so that the server's sends also cut pings
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, rng.randrange(501, 1461, 2))
-        turn = next(server.turns)  # an address of its own: none is used again
+        turn = next(service.turns)  # each client has an address of its own
         self.sock.bind((f"127.{1 + turn // 62500 % 250}.{turn // 250 % 250}.{1 + turn % 250}", 0))
         self.address = "{}:{}".format(*self.sock.getsockname())
-        server.clients[self.address] = self
+        service.clients[self.address] = self
         self.start = time.monotonic()
-        self.sock.connect(("127.0.0.1", server.port))
+        self.sock.connect(("127.0.0.1", service.port))
         self.sock.setblocking(False)
 
-    def move(self, got: int = 0, reading: bool = True, seconds: float = STALL) -> bool:
-        """Send all words, and read until `got` bytes have come; False if for `seconds` nothing moves."""
-        patience = Patience(seconds)
-        while self.sent < len(self.words) or (self.got < got and not self.ended):
-            readers, writers = [self.sock] * reading, [self.sock] * (self.sent < len(self.words))
+    def move(self, size: int = 0, reading: bool = True, seconds: float = STALL) -> bool:
+        """Send all data, and read until `size` bytes are received; False after `seconds` without progress."""
+        timeout = Timeout(seconds)
+        while self.sent < len(self.data) or (self.received < size and not self.at_eof):
+            readers, writers = [self.sock] * reading, [self.sock] * (self.sent < len(self.data))
             readable, writable, _ = select.select(readers, writers, [], min(seconds, 1.0))
             if writable:
                 self.send()
             if readable:
                 self.read()
-            # Pings do not count while words wait: they come without end.
-            if patience.ended(self.sent, 0 if writers and not self.server.echo else self.got):
+            # Pings are no progress while data is unsent: they arrive endlessly.
+            if timeout.expired(self.sent, 0 if writers and not self.service.echo else self.received):
                 if seconds < STALL:
                     return False
-                raise Wrong(f"stalled: {self.sent} of {len(self.words)} sent, {self.got} of {got} got")
+                raise Loss(
+                    f"stalled: {self.sent} of {len(self.data)} sent, {self.received} of {size} received"
+                )
         return True
 
     def send(self) -> None:
         if self.sent == self.urgent:
-            self.sent += self.sock.send(self.words[self.sent : self.sent + 1], socket.MSG_OOB)
+            self.sent += self.sock.send(self.data[self.sent : self.sent + 1], socket.MSG_OOB)
         else:
-            end = self.urgent if self.sent < self.urgent else len(self.words)
-            self.sent += self.sock.send(memoryview(self.words)[self.sent : min(self.sent + self.bite, end)])
+            end = min(self.sent + self.send_size, self.urgent if self.sent < self.urgent else len(self.data))
+            self.sent += self.sock.send(memoryview(self.data)[self.sent : end])
 
     def read(self) -> None:
-        data = self.sock.recv(self.gulp)
-        if self.server.echo:
-            due = self.words[self.got : min(self.got + len(data), self.sent)]
+        data = self.sock.recv(self.recv_size)
+        if self.service.echo:
+            expected = self.data[self.received : min(self.received + len(data), self.sent)]
         else:
-            due = PINGS[self.got % 4 : self.got % 4 + len(data)]
-        differ(f"after {self.got} bytes got", data, due)
-        self.got += len(data)
-        self.ended = not data
-        if self.ended and not self.polite:
-            raise Wrong("the server has closed it")
-        if self.server.every and self.got > 4 * ((time.monotonic() - self.start) / self.server.every + 3):
-            raise Wrong(f"got {self.got} bytes, more than a ping a beat")
+            expected = PINGS[self.received % 4 : self.received % 4 + len(data)]
+        compare(f"after {self.received} bytes", data, expected)
+        self.received += len(data)
+        self.at_eof = not data
+        if self.at_eof and not self.graceful:
+            raise Loss("the server has closed it")
+        every = self.service.every
+        if every and self.received > 4 * ((time.monotonic() - self.start) / every + 3):
+            raise Loss(f"received {self.received} bytes, more than one ping per beat")
 
     def arrive(self, seconds: float = STALL) -> None:
-        """Wait until all that was sent is acknowledged: the server's kernel has it, and keeps it."""
-        patience = Patience(seconds)
-        while not self.certain and not patience.ended():
-            self.certain = not struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0]
+        """Wait until everything that was sent is acknowledged: the server's kernel has it, and keeps it."""
+        timeout = Timeout(seconds)
+        while not self.arrived and not timeout.expired():
+            self.arrived = not struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0]
             time.sleep(0.001)
 
     def leave(self) -> None:
         """Half-close, and read to the end of file."""
         self.move()
-        self.polite = self.certain = True
+        self.graceful = self.arrived = True
         self.sock.shutdown(socket.SHUT_WR)
-        patience = Patience()
-        while not self.ended:
-            self.move(self.got + 1)
-            if patience.ended():  # pings may come without end
-                raise Wrong("its end of file is not answered")
+        timeout = Timeout()
+        while not self.at_eof:
+            self.move(self.received + 1)
+            if timeout.expired():  # pings may arrive endlessly
+                raise Loss("its end of file is not answered")
         self.sock.close()
 
     def reset(self) -> None:
@@ -196,24 +228,24 @@ class Client:
         self.sock.close()
 
     def live(self) -> None:
-        """All by lot: in what pieces it sends, how it reads, how it leaves."""
-        rng, server, size = self.rng, self.server, len(self.words)
-        self.bite = rng.choice((1 if size < 1000 else 4096, 1 << 16, 1 << 18))
+        """Send, read and leave, each in a random way."""
+        rng, service, size = self.rng, self.service, len(self.data)
+        self.send_size = rng.choice((1 if size < 1000 else 4096, 1 << 16, 1 << 18))
         if size and rng.random() < 0.3:
             self.urgent = rng.randrange(size)
-        manner = rng.choice(("scan", "idle", "mute", "dribs", "full"))
-        self.faults += (manner in ("scan", "mute")) + (self.urgent >= 0) + (size > 1 << 16)
-        if manner == "mute":
+        way = rng.choice(("probe", "idle", "deaf", "slow", "full"))
+        self.faults += (way in ("probe", "deaf")) + (self.urgent >= 0) + (size > 1 << 16)
+        if way == "deaf":
             self.move(reading=False, seconds=0.02)
-        elif manner == "dribs":
-            self.gulp = rng.randint(1, 7) if size < 1000 else 20000
-            for _ in range(3 if server.every else 100):
-                if not self.move(self.got + 1, seconds=0.05):
+        elif way == "slow":
+            self.recv_size = rng.randint(1, 7) if size < 1000 else 20000
+            for _ in range(3 if service.every else 100):
+                if not self.move(self.received + 1, seconds=0.05):
                     break
-            self.gulp = 1 << 18
-        elif manner == "full":
-            self.move(size if server.echo else 0 if server.every else int(2 ** rng.uniform(2, 20)))
-        if manner == "idle" or rng.random() < 0.2:
+            self.recv_size = 1 << 18
+        elif way == "full":
+            self.move(size if service.echo else 0 if service.every else int(2 ** rng.uniform(2, 20)))
+        if way == "idle" or rng.random() < 0.2:
             time.sleep(rng.uniform(0, 0.04))
         ending = rng.choice(("leave", "leave", "close", "half", "reset"))
         if ending == "leave":
@@ -224,298 +256,433 @@ class Client:
             self.arrive(0.1)
         if ending == "reset":
             return self.reset()
-        if server.echo and self.got == size:  # nothing is unread, so that nothing is reset
-            self.polite = self.certain = True
-        self.faults += not self.polite
+        if service.echo and self.received == size:  # nothing is unread, so close() sends no reset
+            self.graceful = self.arrived = True
+        self.faults += not self.graceful
         self.sock.close()
 
     def check(self) -> None:
-        """Raise Wrong where the server's account of it is not true."""
-        number, how, received, sent = self.fate or (0, "", 0, 0)
-        due, echo = sent if self.server.echo else 4 * sent, self.server.echo
-        if received > self.sent or (self.certain and received < self.sent):
-            raise Wrong(f"has sent {self.sent} bytes, of which {received} were received")
-        if self.polite and (how != "left" or self.got != due or (echo and self.got != self.sent)):
-            raise Wrong(f"has got {self.got} bytes and left, but {how} and {due} were sent")
-        if self.got > due + (0 if echo else 3):
-            raise Wrong(f"has got {self.got} bytes, but {due} were sent")
-        if not self.server.quiet:
-            differ("its words are shown", "".join(self.shown), self.told)
-            if self.shown and self.number != number:
-                raise Wrong(f"is client {number}, and client {self.number} in its messages")
+        """Raise Loss if the log or the messages are not true."""
+        number, reason, received, sent = self.logged or (0, "", 0, 0)
+        echo = self.service.echo
+        size = sent if echo else 4 * sent
+        if received > self.sent or (self.arrived and received < self.sent):
+            raise Loss(f"sent {self.sent} bytes, but {received} are logged")
+        if self.graceful and (reason, self.received) != ("left", self.sent if echo else size):
+            raise Loss(f"got {self.received} bytes of {self.sent} sent; in the log, it {reason}, {size} sent")
+        if self.received > size + (0 if echo else 3):
+            raise Loss(f"received {self.received} bytes, but {size} are logged")
+        if not self.service.quiet:
+            compare("its messages", "".join(self.lines), self.expected)
+            if self.lines and self.number != number:
+                raise Loss(f"is client {number} in the log, but client {self.number} in its messages")
 
 
-class Server:
-    """The process, what it tells, and all that is checked of it."""
+class Copy:
+    """One process of the server, and what it prints."""
 
-    def __init__(self, script: str, options: list[str]) -> None:
-        self.echo, self.quiet = "--echo" in options, "--quiet" in options
-        self.every = float(options[options.index("--every") + 1]) if "--every" in options else 0.0
-        self.clients: dict[str, Client] = {}  # by address, until they are settled
-        self.seated: dict[int, Client] = {}  # by number
-        self.turns = itertools.count()
-        self.settled = self.accepted = self.gone = self.received = self.sent = self.port = 0
-        self.heard = self.checked = self.faults = self.base_files = self.base_memory = 0
-        self.summary = [0, 0, 0]  # clients served, bytes received, pings or bytes sent
-        self.wrongs: list[str] = []
+    def __init__(self, service: Service, command: list[str]) -> None:
+        self.service = service
+        self.seated: dict[int, Client | None] = {}  # by number; None is a probe of stall_log
+        self.port = self.lines = self.accepted = self.ended = self.uncounted = self.dropped = 0
+        self.received = self.sent = self.base_files = self.base_memory = 0
+        self.serving = False
+        self.summary = [0, 0, 0, 0]  # clients served, bytes received, pings or bytes sent, lines dropped
         self.speaker: Client | None = None
-        self.fresh = False  # the line before was a header
+        self.after_header = False
         self.memories: list[int] = []
-        self.flowing = threading.Event(), threading.Event()  # standard output, standard error
-        for flowing in self.flowing:
-            flowing.set()
-        command = [sys.executable, script, "--port", "0", *options]
-        pipe, utf8 = subprocess.PIPE, {**os.environ, "PYTHONIOENCODING": "utf-8"}
-        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=utf8)
+        pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONIOENCODING": "utf-8"}
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment)
         assert self.process.stdout and self.process.stderr
-        self.pool = ThreadPoolExecutor(CROWD + 2)
-        self.pool.submit(self.hear, self.process.stdout, self.flowing[0], self.message)
-        self.pool.submit(self.hear, self.process.stderr, self.flowing[1], self.status)
+        service.pool.submit(self.hear, self.process.stdout, service.flowing[0], self.message)
+        service.pool.submit(self.hear, self.process.stderr, service.flowing[1], self.log)
 
     def hear(self, stream: IO[bytes], flowing: threading.Event, take: Callable[[str], None]) -> None:
         for line in stream:
             flowing.wait()
-            self.heard += 1
+            self.lines += 1
             take(line[:-1].decode("utf-8", "surrogateescape"))
 
     def message(self, line: str) -> None:
-        """A line of standard output."""
-        if self.speaker and (self.fresh or line.startswith("  ")):
-            self.speaker.shown.append(line if self.fresh else line[2:])
-            self.speaker.size += len(self.speaker.shown[-1])
-            self.fresh = False
-            return
+        """Check a line of standard output: every line that looks like a header is one."""
         header = HEADER.fullmatch(line)
-        self.speaker = self.clients.get(header[2]) if header else None
-        self.fresh = True
-        if header and self.speaker:
+        if header and header[2] in self.service.clients and not self.after_header:
+            self.speaker = self.service.clients[header[2]]
             self.speaker.number = int(header[1])
+            self.after_header = True
+        elif self.speaker and not line.startswith(TITLE) and (self.after_header or line.startswith("  ")):
+            indented = not self.after_header or line.startswith(f"  {TITLE}")
+            line = line[2 * indented :]
+            for joiner in JOINERS:
+                line = line.replace(joiner.encode("unicode_escape").decode(), joiner)
+            self.speaker.lines.append(line)
+            self.speaker.size += len(line)
+            self.after_header = False
         else:
-            self.wrongs.append(f"on standard output: {line[:100]!r}")
+            self.service.losses.append(f"on standard output: {line[:100]!r}")
 
-    def status(self, line: str) -> None:
-        """A line of standard error."""
-        listening, connected = LISTENING.fullmatch(line), CONNECTED.fullmatch(line)
-        gone, stopped = GONE.fullmatch(line), STOPPED.fullmatch(line)
-        if listening:
+    def log(self, line: str) -> None:
+        """Check a line of standard error."""
+        listening, connected, ended = (form.fullmatch(line) for form in (LISTENING, CONNECTED, ENDED))
+        dropped, stopped = DROPPED.fullmatch(line), STOPPED.fullmatch(line)
+        clients = self.service.clients
+        if listening and not self.port:
             self.port = int(listening[1])
-        elif connected and connected[2] in self.clients:
-            self.seated[int(connected[1])] = self.clients[connected[2]]
+        elif connected and (connected[2] in clients or connected[2].startswith(PROBE_ADDRESS)):
+            self.seated[int(connected[1])] = clients.get(connected[2])
             self.accepted += 1
-        elif gone and int(gone[1]) in self.seated:
-            number, received, sent = numbers(gone[1], gone[3], gone[4])
-            self.seated.pop(number).fate = number, gone[2], received, sent
-            self.gone, self.received, self.sent = self.gone + 1, self.received + received, self.sent + sent
+        elif ended and self.serving == (not ended[5]):
+            self.end(ended[2], *numbers(ended[1], ended[3], ended[4]))
+            self.uncounted += not self.serving
+        elif line.startswith("serving ") and not self.serving:
+            self.serving = True
+        elif dropped:
+            self.dropped += numbers(dropped[1])[0]
         elif stopped:
             self.summary = numbers(*stopped.groups())
-        elif not line.startswith("serving "):
-            self.wrongs.append(f"on standard error: {line}")
+        else:
+            self.service.losses.append(f"on standard error: {line}")
 
-    def wait(self, true: Callable[[], bool], what: str) -> None:
-        """Wait until it is true, as long as something happens."""
-        patience = Patience()
-        while not true():
-            if self.wrongs or self.process.poll() is not None or patience.ended(self.heard):
-                raise Wrong(f"waited in vain until {what}")
-            time.sleep(0.002)
-
-    def made(self) -> int:
-        """Connections made."""
-        return self.settled + len(self.clients)
+    def end(self, reason: str, number: int, received: int, sent: int) -> None:
+        """Note what the log says about a client that has left."""
+        client = self.seated.pop(number, None)
+        if client:
+            client.logged = number, reason, received, sent
+            self.received, self.sent = self.received + received, self.sent + sent
+        elif received or reason != "left" or not self.service.probes:
+            self.service.losses.append(f"client {number} is logged with {received} bytes: {reason}")
+        self.ended += 1
 
     def files(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def memory(self) -> int:
-        """Bytes of its own that are resident, more than at its start."""
+        """Return the resident bytes, not shared, that it uses more than at its start."""
         _, resident, shared, *_ = Path(f"/proc/{self.process.pid}/statm").read_text().split()
         more = (int(resident) - int(shared)) * resource.getpagesize() - self.base_memory
         if more > MEMORY:
-            raise Wrong(f"has {more:,} bytes of memory more than at its start")
+            raise Loss(f"uses {more:,} bytes of memory more than at its start")
         return more
 
     def rest(self) -> None:
-        """Wait for a moment in which it does nothing: a loop that spins has none."""
-        clock = ~self.process.pid << 3 | 2  # the process's time on a processor: clock_getcpuclockid(3)
+        """Wait until it uses no processor time for 50 ms: a loop that spins never does."""
+        clock = ~self.process.pid << 3 | 2  # the process's processor time: clock_getcpuclockid(3)
         for _ in range(100):
             before = time.clock_gettime(clock)
             time.sleep(0.05)
-            if time.clock_gettime(clock) - before <= (0.001 if self.every else 0):
+            if time.clock_gettime(clock) - before <= (0.001 if self.service.every else 0):
                 return
-        raise Wrong("never rests, though nothing happens")
+        raise Loss("never sleeps, although nothing happens")
+
+    def settle(self) -> None:
+        """Check that it holds nothing any more."""
+        self.rest()
+        self.base_files = self.base_files or self.files()  # the first client opens the file of pings
+        if self.files() != self.base_files:
+            raise Loss(f"has {self.files()} descriptors, and had {self.base_files} before")
+        self.memories.append(self.memory())
+
+    def check_growth(self) -> None:
+        third = len(self.memories) // 3
+        growth = min(self.memories[-third:]) - max(self.memories[:third]) if third > 3 else 0
+        if growth > GROWTH:
+            raise Loss(f"uses {growth:,} bytes of memory more than when it was warm")
+
+
+class Service:
+    """The copies of the server that share a port, and their clients."""
+
+    def __init__(self, script: str, options: list[str]) -> None:
+        self.echo, self.quiet = "--echo" in options, "--quiet" in options
+        self.every = float(options[options.index("--every") + 1]) if "--every" in options else 0.0
+        self.clients: dict[str, Client] = {}  # by address, until they are checked
+        self.turns = itertools.count()
+        self.settled = self.probes = self.probed = self.checked = self.faults = 0
+        self.unlogged = 0  # connections whose first line was dropped
+        self.losses: list[str] = []
+        self.flowing = threading.Event(), threading.Event()  # standard output, standard error
+        for flowing in self.flowing:
+            flowing.set()
+        count = COPIES if "--reuse-port" in options else 1
+        self.pool = ThreadPoolExecutor(CROWD + 2 * count)
+        self.copies: list[Copy] = []
+        self.port = 0
+        for _ in range(count):
+            self.copies.append(Copy(self, [sys.executable, script, "--port", str(self.port), *options]))
+            self.wait(lambda: self.copies[-1].port > 0, "it listens")
+            self.port = self.copies[-1].port
+            self.copies[-1].base_memory = self.copies[-1].memory()
+
+    def total(self, name: str) -> int:
+        """Return the sum of an attribute of the copies."""
+        return sum(getattr(copy, name) for copy in self.copies)
+
+    def made(self) -> int:
+        """Return how many connections were made."""
+        return self.settled + len(self.clients)
+
+    def waiting(self) -> int:
+        """Return how many connections are not yet accepted."""
+        return self.made() - self.unlogged - self.total("accepted")
+
+    def all_logged(self, present: int = 0) -> bool:
+        """Return whether all clients but those present are logged or dropped, with both of their lines."""
+        lines = self.total("accepted") + self.total("ended") + self.total("dropped")
+        return lines == 2 * self.made() - present
+
+    def wait(self, true: Callable[[], bool], what: str) -> None:
+        """Wait until it is true, as long as something happens."""
+        timeout = Timeout()
+        while not true():
+            ended = any(copy.process.poll() is not None for copy in self.copies)
+            if self.losses or ended or timeout.expired(self.total("lines")):
+                raise Loss(f"waited in vain until {what}")
+            time.sleep(0.002)
+
+    def signal(self, *signals: int) -> None:
+        for copy, number in itertools.product(self.copies, signals):
+            copy.process.send_signal(number)
 
     def suspend(self, seconds: float) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        self.signal(signal.SIGSTOP)
         time.sleep(seconds)
-        self.process.send_signal(signal.SIGCONT)
+        self.signal(signal.SIGCONT)
+
+    def probe(self, rng: random.Random) -> None:
+        """Probe the port before serving begins: connect, and leave without a byte."""
+        for _ in range(5):  # one after the other: two at once are enough clients
+            client = Client(self, rng, b"")
+            rng.choice((client.leave, client.reset))()
+            self.faults += 1
+            self.wait(self.all_logged, "a probe is logged")
 
     def crowd(self, rng: random.Random, end: float) -> None:
-        """Many clients at once, in a world that has its moods."""
+        """Many clients at once, while the server is suspended and its outputs stall."""
         lives = [self.pool.submit(self.lives, random.Random(rng.getrandbits(64)), end) for _ in range(CROWD)]
         while time.monotonic() < end and not any(life.done() for life in lives):
             time.sleep(rng.uniform(0, 0.05))
-            self.memory()
-            mood, moment = rng.randrange(3), rng.uniform(0, 0.05)
+            for copy in self.copies:
+                copy.memory()
+            fault, seconds = rng.randrange(3), rng.uniform(0, 0.05)
             self.faults += 1
-            if mood == 2:
-                self.suspend(moment)
+            if fault == 2:
+                self.suspend(seconds)
             else:
-                self.flowing[mood].clear()
-                time.sleep(moment)
-                self.flowing[mood].set()
+                self.flowing[fault].clear()
+                time.sleep(seconds)
+                self.flowing[fault].set()
         while not all(life.done() and not life.result() for life in lives):
             time.sleep(0.002)
 
     def lives(self, rng: random.Random, end: float) -> None:
         """One client after the other."""
         while True:
-            words = b"".join(rng.choices(PHRASES, k=rng.randrange(5)))
+            data = b"".join(rng.choices(PHRASES, k=rng.randrange(5)))
             if rng.random() < 0.1:
                 bulk = rng.choice((ROWS, ROWS, NOISE))
                 start = rng.randrange(len(bulk) // 2)
-                words = bulk[start : start + int(2 ** rng.uniform(12, 21.5))]
-            client = Client(self, rng, words)
+                data = bulk[start : start + int(2 ** rng.uniform(12, 21.5))]
+            client = Client(self, rng, data)
             try:
                 client.live()
-            except (Wrong, OSError) as error:
-                raise Wrong(f"{client.address}: {error}") from error
+            except (Loss, OSError) as error:
+                raise Loss(f"{client.address}: {error}") from error
             finally:
                 client.sock.close()
             if time.monotonic() > end:
                 return
 
+    def seat(self, rng: random.Random, count: int) -> list[Client]:
+        """Return clients that are served."""
+        clients = [Client(self, rng, PHRASES[0]) for _ in range(count)]
+        for client in clients:
+            client.move(len(client.data) if self.echo else 4)
+        return clients
+
     def stall(self, rng: random.Random) -> None:
-        """Its standard output is not read until it can do no more than send pings; then it is."""
-        reader, writer = Client(self, rng, PHRASES[0]), Client(self, rng, PHRASES[0])
-        for client in (reader, writer):  # both have a seat
-            client.move(len(client.words) if self.echo else 4)
-        if self.every:  # the beats that are missed meanwhile are not made up for
+        """Do not read standard output until the server can only send pings; then read it."""
+        reader, writer = self.seat(rng, 2)
+        if self.every:  # missed beats are skipped
             self.suspend(0.2)
             reader.start += 0.2
-            reader.move(reader.got + 4)
+            reader.move(reader.received + 4)
         self.flowing[0].clear()
         try:
-            writer.words += ROWS * (1 if self.quiet else 6)
-            writer.move(len(writer.words) if self.echo else 0, reading=self.echo, seconds=0.05)
-            self.memory()
+            writer.data += ROWS * (1 if self.quiet else 6)
+            writer.move(len(writer.data) if self.echo else 0, reading=self.echo, seconds=0.05)
             if not self.echo:
-                reader.move(reader.got + (4 if self.every else 1 << 20))
-            reader.words += PHRASES[1]
+                reader.move(reader.received + (4 if self.every else 1 << 20))
+            reader.data += PHRASES[1]
             reader.move()
             reader.arrive()
             reader.reset()
-            self.rest()
+            for copy in self.copies:
+                copy.memory()
+                copy.rest()
         finally:
             self.flowing[0].set()
         self.faults += not self.quiet
-        writer.words = writer.words[: writer.sent]
-        if rng.random() < 0.5:
-            writer.leave()
-        else:
-            writer.reset()
+        writer.data = writer.data[: writer.sent]
+        rng.choice((writer.leave, writer.reset))()
+
+    def stall_log(self, rng: random.Random) -> None:
+        """Do not read standard error until lines are dropped: the server goes on, and counts them."""
+        (client,) = self.seat(rng, 1)
+        self.wait(lambda: self.all_logged(1), "the client is logged")
+        self.flowing[1].clear()
+        try:
+            for _ in range(PROBES // BACKLOG):
+                self.probe_gracefully(BACKLOG)
+            client.data += PHRASES[1]
+            client.move(len(client.data) if self.echo else client.received + 4)
+        finally:
+            self.flowing[1].set()
+        self.faults += 1
+        self.wait(lambda: self.all_logged(1), "each probe is logged or dropped")
+        if not self.total("dropped"):
+            raise Loss("has dropped no line")
+        self.unlogged = self.made() - self.total("accepted")
+        client.leave()
+
+    def probe_gracefully(self, count: int) -> None:
+        """Connect, half-close and read to the end of file, several times at once."""
+        self.probes, self.settled = self.probes + count, self.settled + count
+        with contextlib.ExitStack() as stack:
+            probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+            for probe in probes:
+                probe.settimeout(STALL)
+                probe.bind((PROBE_ADDRESS, 0))
+                probe.connect(("127.0.0.1", self.port))
+                probe.shutdown(socket.SHUT_WR)
+            for probe in probes:
+                data = probe.recv(1 << 18)
+                while data:
+                    self.probed += len(data)
+                    data = probe.recv(1 << 18)
 
     def settle(self) -> None:
-        """Nobody is there any more: nothing may be missing, and nothing left over."""
-        self.wait(lambda: self.gone == self.made(), "every client is gone")
-        clients, wrongs = list(self.clients.values()), []
+        """Check everything, when all clients have left."""
+        self.wait(self.all_logged, "all clients have left")
+        self.check_clients()
+        for copy in self.copies:
+            copy.settle()
+
+    def check_clients(self) -> None:
+        """Raise Loss if a byte or a message is missing, or is one too many."""
+        clients, losses = list(self.clients.values()), []
         for client in [] if self.quiet else clients:
-            client.told = visible(client.words[: client.fate[2]]) if client.fate else ""
+            client.expected = printed(client.data[: client.logged[2]]) if client.logged else ""
         try:
-            self.wait(lambda: all(client.size >= len(client.told) for client in clients), "all is shown")
-        except Wrong as wrong:
-            wrongs.append(str(wrong))
+            self.wait(lambda: all(client.size >= len(client.expected) for client in clients), "it prints all")
+        except Loss as loss:
+            losses.append(str(loss))
         for client in clients:
             try:
                 client.check()
-            except Wrong as wrong:
-                wrongs.append(f"{client.address} {wrong}")
-            self.checked += client.got + client.size
+            except Loss as loss:
+                losses.append(f"{client.address} {loss}")
+            self.checked += client.received + client.size
             self.faults += client.faults
-        self.wrongs += wrongs
+        self.losses += losses
         self.settled += len(clients)
         self.clients.clear()
-        if self.wrongs:
-            raise Wrong("is given up")
-        self.rest()
-        if self.files() != self.base_files:
-            raise Wrong(f"has {self.files()} descriptors, and had {self.base_files} at its start")
-        self.memories.append(self.memory())
+        if self.losses:
+            raise Loss("the mode is given up")
 
     def stop(self, rng: random.Random) -> None:
-        """The end, with somebody still there, and the sum of it."""
-        last = Client(self, rng, PHRASES[0] if self.echo else b"")
-        last.move(len(last.words) if self.echo else 4)
-        self.process.send_signal(rng.choice((signal.SIGINT, signal.SIGTERM)))
-        status = self.process.wait(STALL)
-        last.sock.close()
-        self.pool.shutdown()  # all that it has told is heard
-        self.settled += 1
-        if status or self.wrongs:
-            raise Wrong(f"ended with status {status}")
-        due = [self.settled, self.received + last.sent, self.sent + (last.sent if self.echo else 1)]
-        if self.summary[:2] != due[:2] or self.summary[2] < due[2]:
-            raise Wrong(f"has told of {self.summary}, not of {due}")
-        third = len(self.memories) // 3
-        if third > 3:
-            growth = min(self.memories[-third:]) - max(self.memories[:third])
-            if growth > GROWTH:
-                raise Wrong(f"has grown by {growth:,} bytes of memory")
+        """Stop it while bytes wait to be read: they are printed and counted, then comes an end of file."""
+        clients = self.seat(rng, 2)
+        self.wait(lambda: self.all_logged(2), "the last clients are logged")
+        self.signal(signal.SIGSTOP)
+        for client in clients:
+            client.data += ROWS[: rng.randrange(8000)]
+            client.move(reading=False)
+            client.arrive()
+            client.graceful = True
+        names = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # one that is ignored here is ignored there
+        self.signal(rng.choice([name for name in names if signal.getsignal(name) != signal.SIG_IGN]))
+        self.signal(signal.SIGCONT)
+        for client in clients:
+            client.move(1 << 60)
+            client.sock.close()
+        statuses = [copy.process.wait(STALL) for copy in self.copies]
+        self.pool.shutdown()  # all lines are read
+        unit = 1 if self.echo else 4
+        for copy in self.copies:
+            for number, seated in list(copy.seated.items()):
+                if seated:
+                    copy.end("left", number, seated.sent, seated.received // unit)
+        if any(statuses):
+            raise Loss(f"ended with status {statuses}")
+        served, sent = self.made() - self.total("uncounted"), self.total("sent") + self.probed // unit
+        expected = [served, self.total("received"), sent, self.total("dropped")]
+        summary = [sum(figures) for figures in zip(*(copy.summary for copy in self.copies))]
+        if summary != expected:
+            raise Loss(f"sums up {summary}, not {expected}")
+        self.check_clients()
+        for copy in self.copies:
+            copy.check_growth()
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        for copy in self.copies:
+            copy.process.kill()
+            copy.process.wait()
         for flowing in self.flowing:
             flowing.set()
         self.pool.shutdown()
 
 
-def soak(script: str, options: list[str], rng: random.Random, end: float) -> Server:
-    """One mode, until then; what was wrong is in `wrongs`."""
+def soak(script: str, options: list[str], rng: random.Random, end: float) -> Service:
+    """Run one mode until `end`; `losses` says what went wrong."""
     turn = min(TURN, (end - time.monotonic()) / 4)
-    server = Server(script, options)
+    service = Service(script, options)
     try:
-        server.wait(lambda: server.port > 0, "it listens")
-        server.base_files, server.base_memory = server.files(), server.memory()
-        while not server.settled or time.monotonic() < end:
-            server.crowd(rng, time.monotonic() + turn)
-            server.settle()
-            server.stall(rng)
-            server.settle()
-        server.stop(rng)
-    except (Wrong, OSError, subprocess.TimeoutExpired) as error:
-        server.wrongs.append(str(error))
+        service.probe(rng)
+        while not service.checked or time.monotonic() < end:
+            service.crowd(rng, time.monotonic() + turn)
+            service.settle()
+            service.stall(rng)
+            service.settle()
+        if "2" in options and service.quiet:  # with few seats, a probe seldom wakes the server
+            service.stall_log(rng)
+            service.settle()
+        service.stop(rng)
+    except (Loss, OSError, subprocess.TimeoutExpired) as error:
+        service.losses.append(str(error))
     finally:
-        server.kill()
-    return server
+        service.kill()
+    return service
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Put the server under random loads, and check every byte.")
+    parser = argparse.ArgumentParser(description="Put random loads on the server, and check every byte.")
     add = parser.add_argument
-    add("--seconds", type=float, default=60.0, metavar="N", help="for about so long (default: 60)")
-    add("--seed", type=int, default=random.randrange(10**6), metavar="N", help="to repeat a run")
+    add("--seconds", type=float, default=60.0, metavar="N", help="how long, roughly (default: %(default)s)")
+    add("--seed", type=int, default=random.randrange(10**6), metavar="N", help="seed of a run to repeat")
     add("--server", default=str(Path(__file__).parents[1] / "non_block_io_server.py"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     print(f"soak: --seed {options.seed}", file=sys.stderr)
     rng = random.Random(options.seed)
-    kinds: tuple[list[str], ...] = [], ["--echo"], ["--every", "0.02"]
-    seats = ["--connections", "2"], ["--connections", "200", "--wait-for", "1"]
-    modes = [kind + seat + quiet for kind in kinds for seat in seats for quiet in ([], ["--quiet"])]
+    protocols: tuple[list[str], ...] = [], ["--echo"], ["--every", "0.02"]
+    few, many = ["--connections", "2"], ["--connections", "200", "--wait-for", "1"]
+    shared = ["--connections", "20", "--wait-for", "1", "--reuse-port"]
+    rest = few, [*few, "--quiet"], many, [*many, "--quiet"], shared
+    modes = [protocol + seats for protocol in protocols for seats in rest]
     rng.shuffle(modes)
     end = time.monotonic() + options.seconds
     served = checked = faults = losses = 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server stays behind
     with contextlib.suppress(KeyboardInterrupt):
         for left, mode in zip(range(len(modes), 0, -1), modes):
             now = time.monotonic()
             if losses and now > end:
                 break
-            server = soak(options.server, mode, rng, now + max(0.0, end - now) / left)
-            served, checked = served + server.settled, checked + server.checked
-            faults, losses = faults + server.faults, losses + len(server.wrongs)
-            print(f"soak: {' '.join(mode)}: {server.settled:,} connections served", file=sys.stderr)
-            for wrong in server.wrongs[:10]:
-                print(f"  {wrong}", file=sys.stderr)
+            service = soak(options.server, mode, rng, now + max(0.0, end - now) / left)
+            served, checked = served + service.settled, checked + service.checked
+            faults, losses = faults + service.faults, losses + len(service.losses)
+            print(f"soak: {' '.join(mode)}: {service.settled:,} connections", file=sys.stderr)
+            for loss in service.losses[:10]:
+                print(f"  {loss}", file=sys.stderr)
     figures = f"{served:,} connections served, {checked:,} bytes checked, {faults:,} faults injected"
     print(f"soak: {figures}, {losses:,} losses")
     return 1 if losses or not served else 0

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import termios
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import pytest
 from conftest import CLIENT, DEADLINE, ROOT, Server, Stream, eventually, read_all, read_exactly
 
+from client import PingParser
+
 PIPE, NULL = subprocess.PIPE, subprocess.DEVNULL
 TTY = object()  # as a standard stream: a terminal of the client's own
 ASCII = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-IMPATIENT = "assert client.MOMENT; client.MOMENT = 0.01"  # seconds
+IMPATIENT = "assert client.GRACE; client.GRACE = client.SILENCE = client.QUIET = 0.01"  # seconds
 WAITING = "nothing from the server yet.*another client.*\n"
 
 
@@ -35,24 +41,32 @@ class Screen(Stream):
                 self.changed.notify_all()
 
     def rows(self) -> list[str]:
-        """What a person sees: after a carriage return the row is overwritten.  Without bare prompts."""
-        text = re.sub(".*\r", "", re.sub(WAITING, "", self.text))
-        return [row for row in text.splitlines() if row not in ("", "> ")]
+        """Return what a user sees, without empty rows and bare prompts.  Nothing is ever overwritten."""
+        assert "\r" not in self.text
+        return [row for row in re.sub(WAITING, "", self.text).split("\n") if row not in ("", "> ")]
 
 
 class Client(Server):
-    """The client in a process of its own, after Python code and the shell's redirections, if any."""
+    """The client in a process of its own: after Python code, with a shell's redirections, in a wrapper."""
 
     server: socket.socket  # the other end of its connection, where the test plays the server
 
-    def __init__(self, *arguments: str | bytes, before: str = "", redirect: str = "", **streams: Any) -> None:
+    def __init__(
+        self,
+        *arguments: str | bytes,
+        before: str = "",
+        redirect: str = "",
+        wrapper: Sequence[str] = (),
+        **streams: Any,
+    ) -> None:
         streams = {"stdin": NULL, "stdout": PIPE, "stderr": PIPE, **streams}
         script = ["-c", f"import os, sys, client; {before}; sys.exit(client.main())"] if before else [CLIENT]
-        shell = ["sh", "-c", f'exec "$@" {redirect}', "sh"] if redirect else []
+        shell = ["sh", "-c", f'exec "$@" {redirect}', "sh"] if redirect else list(wrapper)
         self.keyboard, end = os.openpty()
         attributes = termios.tcgetattr(end)
         attributes[1] &= ~termios.OPOST  # what is shown are the very bytes that were written
         termios.tcsetattr(end, termios.TCSANOW, attributes)
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         streams = {name: end if stream is TTY else stream for name, stream in streams.items()}
         self.process = subprocess.Popen([*shell, sys.executable, *script, *arguments], cwd=ROOT, **streams)
         os.close(end)
@@ -182,8 +196,7 @@ def test_standard_input_comes_back(start: Start, launch: Launch, tmp_path: Path,
         source = {"pipe": PIPE, "null": NULL}.get(kind, file)
         client = launch("--raw", port=port, stdin=source, stdout=output, redirect=redirect)
     client.type(data if kind == "pipe" else b"", last=True)
-    size = f"{len(data):,} bytes"
-    assert re.match(rf"sent [\d,]+ messages, {size}; received {size}$", client.line(0))
+    assert client.line(0) == f"sent {len(data):,} bytes; received {len(data):,} bytes"
     assert (tmp_path / "output").read_bytes() == data
 
 
@@ -199,7 +212,7 @@ def test_reads_while_it_sends_and_memory_stays_flat(launch: Launch, tmp_path: Pa
         client.server.sendall(data)
     assert client.status("VmHWM") < 40_000, "kB at most"
     client.server.close()
-    assert client.line(0) == "sent 1 message, 60,000,000 bytes; received 90,000,000 bytes"
+    assert client.line(0) == "sent 60,000,000 bytes; received 90,000,000 bytes"
 
 
 # ---------------------------------------------------------------- what arrives, and where it is shown
@@ -211,6 +224,33 @@ def test_counts_pings_and_shows_the_rest_however_it_is_cut(launch: Launch, size:
     client.answer(b"ping" * 100 + b"hello\npingpingshopping\nhoping\npinpin\n" + b"ping" * 9 + b"pin")
     assert client.line(0) == "sent 0 messages, 0 bytes; received 111 pings, 32 other bytes"
     assert client.shown() == b"hello\nshopping\nhoping\npinpin\npin"
+
+
+def slowly(stream: bytes) -> tuple[int, bytes]:
+    """Return the number of pings, and the other bytes, read byte by byte."""
+    pings, others, matched, in_line = 0, b"", 0, False
+    for byte in stream:
+        if not in_line and byte == b"ping"[matched]:
+            matched += 1
+            pings, matched = pings + matched // 4, matched % 4
+        else:
+            others += b"ping"[:matched] + bytes([byte])
+            matched, in_line = 0, byte != ord("\n")
+    return pings, others + b"ping"[:matched]
+
+
+@pytest.mark.parametrize(
+    "alphabet", [[b"ping"], [b"ping", b"\n"], [b"ping", b"p", b"in", b"g", b"\n", b"-", b"\r"]]
+)
+def test_the_parser_agrees_with_a_slow_one(alphabet: list[bytes]) -> None:
+    for seed in range(300):
+        chance = random.Random(seed)
+        stream = b"".join(chance.choices(alphabet, k=chance.randrange(40)))
+        parser, others, left = PingParser(), b"", memoryview(stream)
+        while left:
+            size = chance.randint(1, 9)
+            others, left = others + parser.feed(left[:size]), left[size:]
+        assert (parser.pings, others + parser.finish()) == slowly(stream), (seed, stream)
 
 
 def test_short_lines_cost_no_more_than_long_ones(launch: Launch) -> None:
@@ -229,6 +269,32 @@ def test_controls_are_harmless_on_a_terminal(launch: Launch, stdout: Any, size: 
     client.ended(0)
     tame = "\\x1b[31mred\\x07\\x00\\x7f\\x0d\\x9b\ttab \u2603 \ufffd\nend\ufffd"
     assert client.shown() == (tame.encode() if stdout is TTY else wild)
+
+
+FAMILY, PERSIAN = "\U0001f468\u200d\U0001f469", "\u0645\u06cc\u200c\u062e"
+
+
+@pytest.mark.parametrize("size", [1, 2, 262144])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("caf\u00e9 \u4e2d\u6587 e\u0301 \U0001f600\ufe0f", None),
+        (f"{FAMILY} {PERSIAN}", None),
+        ("\t|\xa0|\u1680|\u2000|\u200a|\u202f|\u205f|\u3000|", None),
+        ("\u2028|\u2029|\x85|\x0b|\x0c|", r"\u2028|\u2029|\x85|\x0b|\x0c|"),
+        ("\u202e|\u2066|\u200f|\u061c|", r"\u202e|\u2066|\u200f|\u061c|"),
+        ("\u200b|\xad|\ufeff|\u2060|\u180e|", r"\u200b|\xad|\ufeff|\u2060|\u180e|"),
+        ("\U000e0041|\ue000|\U0010ffff|\u0378|", r"\U000e0041|\ue000|\U0010ffff|\u0378|"),
+        ("\u200d\u200d|a \u200d|a\u200c\n", "\\u200d\\u200d|a \\u200d|a\\u200c\n"),
+        ("a\u200d\u202e|\u200d", r"a\u200d\u202e|\u200d"),
+        ("one\r\ntwo\r|\r\r\n\n\r", "one\ntwo\\x0d|\\x0d\n\n\\x0d"),
+    ],
+)
+def test_what_is_escaped_on_a_terminal(launch: Launch, text: str, shown: str | None, size: int) -> None:
+    client = launch(stdout=TTY, before=f"assert client.SIZE; client.SIZE = {size}")
+    client.answer(text.encode())
+    client.ended(0)
+    assert client.shown().decode() == (shown or text)
 
 
 @pytest.mark.parametrize(("stdin", "stdout"), [(TTY, TTY), (NULL, TTY), (NULL, PIPE)])
@@ -300,6 +366,128 @@ def test_a_dialogue(launch: Launch) -> None:
     assert client.screen.rows() == [*first, *second, summary]
 
 
+def test_what_is_being_typed_stays_on_the_screen(start: Start, launch: Launch) -> None:
+    client = launch(stdin=TTY, stdout=TTY, stderr=TTY, before=IMPATIENT)
+    client.messages(r"\A> \Z")
+    client.type(b"hel")
+    client.messages(r"\A> hel\Z")
+    client.server.sendall(b"news\n")
+    client.messages(r"\A> hel\nnews\n> \Z")
+    client.type(b"lo\n")
+    assert read_exactly(client.server, 6) == b"hello\n"
+    client.type(b"\4")
+    client.answer(b"")
+    client.ended(0)
+
+
+def test_an_echo_is_its_own_answer(start: Start, launch: Launch) -> None:
+    client = launch(port=start("--echo", "--wait-for", "1").port, stdin=TTY, stdout=TTY, stderr=TTY)
+    for text in "one", "ping", "two":
+        client.messages(r"^> \Z")
+        client.type(text.encode() + b"\n")
+        client.messages(rf"^> {text}\n{text if text != 'ping' else ''}\n> \Z")
+    client.type(b"\4")
+    client.ended(0)
+    rows = ["> one", "one", "> ping", "> two", "two"]
+    assert client.screen.rows() == [*rows, "sent 3 messages, 13 bytes; received 1 ping, 9 other bytes"]
+
+
+@pytest.mark.parametrize("mode", ["--echo", "--quiet"])
+def test_a_paste_of_many_lines_stays_readable(start: Start, launch: Launch, mode: str) -> None:
+    client = launch(port=start(mode, "--wait-for", "1").port, stdin=TTY, stdout=TTY, stderr=TTY)
+    client.messages(r"\A> \Z")
+    lines = [f"line {number}" for number in range(5000)]
+    client.type(b"".join(line.encode() + b"\n" for line in lines))
+    client.messages(r"^(line 4999\n[^>]*\nline 4999|line 4999\n[\d,]+ pings so far)\n> \Z")
+    client.type(b"\4")
+    client.ended(0)
+    rows = client.screen.rows()[:-1]
+    assert rows.pop(0) == f"> {lines[0]}"
+    if mode == "--echo":
+        assert rows == [*lines[1:], *lines]
+    else:
+        assert re.match(r"[\d,]+ pings so far$", rows.pop())
+        assert rows == lines[1:]
+
+
+def test_ctrl_d_within_a_line_sends_what_is_there(launch: Launch) -> None:
+    client = launch(stdin=TTY, stdout=TTY, stderr=TTY)
+    client.messages(r"\A> \Z")
+    client.server.sendall(b"ping")
+    for typed, sent in (b"hel\4", b"hel"), (b"lo\n", b"lo\n"):
+        client.type(typed)
+        assert read_exactly(client.server, len(sent)) == sent
+    client.messages(r"\A> hello\n1 ping so far\n> \Z")
+    client.type(b"bye\4\4")
+    assert client.answer(b"") == b"bye"
+    client.ended(0)
+    summary = "sent 2 messages, 9 bytes; received 1 ping"
+    assert client.screen.rows() == ["> hello", "1 ping so far", "> bye", summary]
+
+
+def test_a_line_as_long_as_a_terminal_takes(launch: Launch) -> None:
+    client = launch(stdin=TTY, stdout=TTY, stderr=TTY)
+    client.messages(r"\A> \Z")
+    line = b"x" * 4094 + b"\n"
+    client.type(line)
+    assert read_exactly(client.server, len(line)) == line
+    client.server.sendall(line)
+    client.messages(r"^x{4094}\n> \Z")
+    client.process.send_signal(signal.SIGWINCH)  # a resize
+    client.type(b"\4")
+    client.answer(b"")
+    client.ended(0)
+
+
+@pytest.mark.skipif(not shutil.which("bash") or not shutil.which("setsid"), reason="needs bash and setsid")
+def test_prompts_again_after_ctrl_z_and_fg(launch: Launch) -> None:
+    shell = ["setsid", "-c", "bash", "--norc", "--noprofile", "-ic", '"$@"; fg', "bash"]
+    client = launch(stdin=TTY, stdout=TTY, stderr=TTY, wrapper=shell)
+    client.messages(r"^> \Z")
+    client.type(b"half\x1a")
+    client.messages(r"^> .*\^Z\n(?:[^>].*\n)+> \Z")
+    client.type(b"hello\n\4")
+    assert client.answer(b"ping") == b"hello\n"
+    client.ended(0)
+
+
+def test_a_terminal_that_hangs_up(launch: Launch) -> None:
+    master, slave = os.openpty()
+    takes = "os.open(os.ttyname(0), os.O_RDWR)"
+    client = launch(stdin=slave, stdout=slave, before=takes, start_new_session=True)
+    os.close(slave)
+    os.write(master, b"hello\n")
+    assert read_exactly(client.server, 6) == b"hello\n"
+    os.close(master)
+    assert client.answer(b"ping") == b""
+    assert client.line(0) == "sent 1 message, 6 bytes; received 1 ping"
+
+
+@pytest.mark.parametrize(("data", "newline"), [(b"ping", "\n"), (b"pong\n", "")])
+def test_the_summary_begins_on_its_own_line(launch: Launch, data: bytes, newline: str) -> None:
+    client = launch("--raw", "x", stdin=TTY, stdout=TTY, stderr=TTY)
+    client.answer(data)
+    client.ended(0)
+    assert client.screen.text == f"{data.decode()}{newline}sent 2 bytes; received {len(data)} bytes\n"
+
+
+@pytest.mark.skipif(not shutil.which("rlwrap"), reason="rlwrap is not installed")
+def test_rlwrap_edits_the_line(launch: Launch, tmp_path: Path) -> None:
+    environment = {**os.environ, "TERM": "xterm", "RLWRAP_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    client = launch(stdin=TTY, stdout=TTY, stderr=TTY, wrapper=["rlwrap"], env=environment)
+    client.messages("> ")
+    client.type(b"help\x7flo\n")  # backspace
+    assert read_exactly(client.server, 6) == b"hello\n"
+    client.server.sendall(b"ping")
+    client.messages("1 ping so far")
+    client.type(b"\x1b[A\n")  # arrow up
+    assert read_exactly(client.server, 6) == b"hello\n"
+    client.type(b"\4")
+    client.answer(b"")
+    client.ended(0)
+    assert "sent 2 messages, 12 bytes; received 1 ping" in client.screen.text
+
+
 @pytest.mark.parametrize("redirect", ["", "2>&-"])
 def test_the_prompt_goes_to_standard_error_or_nowhere(launch: Launch, redirect: str) -> None:
     """Not to a redirected output; nor to the server, whose socket may have a closed one's number."""
@@ -310,7 +498,7 @@ def test_the_prompt_goes_to_standard_error_or_nowhere(launch: Launch, redirect: 
     assert client.shown() == b"shown\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_the_midst_of_pings_loses_none(start: Start, launch: Launch, number: int) -> None:
     server = start("--connections", "1", "--quiet")
     for seat in range(1, 6):
@@ -336,7 +524,7 @@ def test_ctrl_c_at_a_terminal(launch: Launch) -> None:
 @pytest.mark.parametrize("signals", [1, 2])
 def test_signals_end_it_though_the_server_does_not(launch: Launch, signals: int) -> None:
     """At the first one it leaves politely, where that takes no more than a moment; at the second at once."""
-    client = launch(stdin=PIPE, before=IMPATIENT if signals == 1 else "client.MOMENT = 1000")
+    client = launch(stdin=PIPE, before=IMPATIENT if signals == 1 else "client.GRACE = 1000")
     client.type(b"x")
     assert client.server.recv(1) == b"x"
     for _ in range(signals):
@@ -346,31 +534,158 @@ def test_signals_end_it_though_the_server_does_not(launch: Launch, signals: int)
     assert re.match(r"(?!Traceback).*\n?\Z", re.sub(WAITING, "", client.err.rest()))
 
 
-def test_signals_end_it_though_nobody_takes_its_output(start: Start, launch: Launch) -> None:
-    reader, writer = os.pipe()
-    client = launch("--raw", port=start("--connections", "1").port, stdin=PIPE, stdout=writer)
-    os.close(writer)
-    assert os.read(reader, 4) == b"ping"
+def test_a_signal_that_is_sent_twice_is_one_signal(launch: Launch) -> None:
+    """timeout(1) does so; the second one may arrive while the first one is handled."""
+    client = launch(stdin=PIPE)
+    client.type(b"x\n")
+    assert read_exactly(client.server, 2) == b"x\n"
     for _ in range(2):
-        eventually(lambda: client.process.poll() is not None or client.sleeps(), "the client stalls, or ends")
-        if client.process.poll() is None:
-            client.process.send_signal(signal.SIGINT)
+        client.process.send_signal(signal.SIGTERM)
+    assert client.answer(b"ping") == b""
+    assert client.line(0) == "sent 1 message, 2 bytes; received 1 ping"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_ignored(launch: Launch, number: int) -> None:
+    client = launch(stdin=PIPE, before=f"import signal; signal.signal({int(number)}, signal.SIG_IGN)")
+    client.server.sendall(b"shown\n")
+    client.messages("shown")
+    client.process.send_signal(number)
+    client.settled()
+    client.type(b"hello\n", last=True)
+    assert client.answer(b"") == b"hello\n"
+    client.ended(0)
+
+
+def unread(kind: str, folder: Path) -> tuple[int, int]:
+    """Return two descriptors: one of an output that nobody reads, and the one that keeps it open."""
+    if kind == "fifo":
+        os.mkfifo(folder / "fifo")
+        reader = os.open(folder / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+        return os.open(folder / "fifo", os.O_WRONLY), reader
+    if kind == "socket":
+        ours, theirs = socket.socketpair()
+        return theirs.detach(), ours.detach()
+    reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+    return writer, reader
+
+
+NO_REOPEN = (
+    "real = os.open; os.open = lambda path, *how: real('/dev/fd/1' == path and '/nowhere' or path, *how)"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("kind", "before"),
+    [("pipe", ""), ("fifo", ""), ("socket", ""), ("terminal", ""), ("pipe", NO_REOPEN), ("fifo", NO_REOPEN)],
+)
+def test_a_signal_ends_it_though_nobody_reads_its_output(
+    launch: Launch, tmp_path: Path, kind: str, number: int, before: str
+) -> None:
+    writer, reader = unread(kind, tmp_path)
+    client = launch("--raw", "x", stdout=writer, before=before)
+    os.close(writer)
+    client.server.setblocking(False)
+    with suppress(BlockingIOError):
+        while client.server.send(bytes(100_000)):
+            pass
+    client.settled()  # the output is full
+    client.process.send_signal(number)
     client.process.wait(DEADLINE)
     os.close(reader)
-    assert re.match(r"(?!Traceback).*\n?\Z", client.err.rest())
+    assert re.match(r"sent .*bytes; received .*; [\d,]+ bytes not written$", client.line(0))
+
+
+def test_a_signal_ends_it_though_nobody_reads_its_standard_error(launch: Launch) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while os.write(writer, bytes(4096)):
+            pass
+    os.set_blocking(writer, True)
+    client = launch("x", stderr=writer, before="client.GRACE = 0.1")
+    os.close(writer)
+    assert client.answer(b"ping") == b"x\n"
+    client.settled()  # the summary has no room
+    client.process.send_signal(signal.SIGTERM)
+    assert client.process.wait(DEADLINE) == 0
+    os.close(reader)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("step", ["connect", "resolve"])
+def test_a_signal_ends_it_before_it_is_connected(launch: Launch, step: str, number: int) -> None:
+    resolve = "import socket, time; socket.getaddrinfo = lambda *how, **more: time.sleep(60)"
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):  # so many that the kernel answers no more connect
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        before = resolve if step == "resolve" else ""
+        client = launch("x", port=full.getsockname()[1], before=before)
+        client.settled()
+        client.process.send_signal(number)
+        assert client.process.wait(DEADLINE) == -number
+    assert client.err.rest() == ""
 
 
 # ---------------------------------------------------------------- no server, or none any more, or none yet
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid", "x" * 64])
+@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid", "x" * 64, "\u00e9" * 64])
 def test_no_server(launch: Launch, host: str) -> None:
     with socket.socket() as bound:  # but does not listen
         bound.bind(("127.0.0.1", 0))
-        assert host in launch("--host", host, port=bound.getsockname()[1]).line()
+        port, locale = bound.getsockname()[1], {**os.environ, "LC_ALL": "C.UTF-8"}
+        line = launch("--host", host, port=port, env=locale).line()
+    assert line.startswith(f"cannot connect to {host}, port {port}: ")
+    assert ("is the server running?" in line) is (host == "127.0.0.1")
 
 
-@pytest.mark.parametrize("usage", ["--port=0", "--port=65536", "--port=http", "--what"])
+def test_help() -> None:
+    text = subprocess.run([sys.executable, CLIENT, "--help"], stdout=PIPE, text=True, timeout=DEADLINE).stdout
+    for part in (
+        "(default: 127.0.0.1)",
+        "(default: 10001)",
+        "rlwrap python3 client.py",
+        " -- -",
+        "status",
+        "SIGHUP",
+    ):
+        assert part in text
+
+
+def test_a_message_may_begin_with_a_dash(launch: Launch) -> None:
+    client = launch("--raw", "--", "-x", "--raw")
+    assert client.answer(b"") == b"-x\n--raw\n"
+    client.ended(0)
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("client.SIZE = 1 << 60", "out of memory"),
+        ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5))", "Too many open files"),
+        ("[os.dup(0) for _ in range(1100)]", "select"),
+    ],
+)
+def test_what_makes_it_give_up_is_said_in_one_line(launch: Launch, before: str, reason: str) -> None:
+    assert re.match(f"cannot continue: .*{reason}", launch("x", before=before).line())
+
+
+@pytest.mark.parametrize("stdin", [NULL, TTY])
+def test_an_error_of_standard_error_is_no_failure(launch: Launch, stdin: Any) -> None:
+    with open("/dev/full", "wb") as full:
+        client = launch(stdin=stdin, stderr=full)
+    client.type(b"hello\n\4" if stdin is TTY else b"")
+    client.answer(b"shown\n")
+    assert client.process.wait(DEADLINE) == 0
+    assert client.shown() == b"shown\n"
+
+
+@pytest.mark.parametrize("usage", ["--port=0", "--port=65536", "--port=http", "--what", "--host="])
 def test_wrong_usage(launch: Launch, usage: str) -> None:
     assert launch(usage, port=1).ended(2).startswith("usage: ")
 
@@ -411,16 +726,40 @@ def test_says_once_that_it_waits(start: Start, launch: Launch) -> None:
     server.messages("^early$")
 
 
-def test_says_nothing_where_the_server_begins_at_once(launch: Launch) -> None:
-    begun = "select.select([sock := connect(*where)], [], []) and sock"
-    before = f"import select; connect = client.connect; client.connect = lambda *where: {begun}; {IMPATIENT}"
-    client = launch(stdin=PIPE, before=before)
-    client.server.sendall(b"ping")
+@pytest.mark.parametrize("stdin", [PIPE, TTY])
+def test_says_that_it_waits_with_the_answer_to_a_line(launch: Launch, stdin: Any) -> None:
+    client = launch(stdin=stdin, before=IMPATIENT)
     client.settled()
-    assert client.err.text == ""
+    assert "nothing" not in client.err.text, "an echo is silent, too"
+    client.type(b"hello\n")
+    client.err.wait_for(WAITING)
+    client.type(b"again\n")
+    if stdin is TTY:
+        client.err.wait_for(rf"> 0 pings so far\n{WAITING}> 0 pings so far\n> \Z")
+    client.settled()
+    client.type(b"\4" if stdin is TTY else b"", last=True)
+    client.answer(b"")
+    assert client.process.wait(DEADLINE) == 0
+    assert len(re.findall(WAITING, client.err.rest())) == 1
 
 
-# ---------------------------------------------------------------- in the interpreter, and without epoll
+@pytest.mark.parametrize("stdin", [PIPE, TTY])
+@pytest.mark.parametrize("data", [b"ping", b"hello\n"], ids=["ping", "echo"])
+def test_says_nothing_of_waiting_once_the_server_has_served(launch: Launch, stdin: Any, data: bytes) -> None:
+    client = launch(stdin=stdin, before=IMPATIENT)
+    client.server.sendall(data)
+    client.settled()
+    client.type(b"hello\n")
+    assert read_exactly(client.server, 6) == b"hello\n"
+    client.settled()
+    client.type(b"\4" if stdin is TTY else b"", last=True)
+    client.settled()
+    client.answer(b"")
+    assert client.process.wait(DEADLINE) == 0
+    assert "nothing" not in client.err.rest()
+
+
+# ---------------------------------------------------------------- on other systems
 
 
 def python(*statements: str) -> subprocess.CompletedProcess[str]:
@@ -428,20 +767,51 @@ def python(*statements: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True, timeout=DEADLINE)
 
 
-@pytest.mark.parametrize("system", ["pass", "import select; del select.epoll"])
+MACOS = (
+    "import socket, select; [delattr(module, name) for module, names in ((select, 'epoll poll'),"
+    " (os, 'pipe2 sendfile memfd_create eventfd splice')) for name in names.split() if hasattr(module, name)]"
+)
+WINDOWS = (
+    f"{MACOS}; import signal; sys.platform = 'win32'; real = select.select;"
+    " select.select = lambda *sets: real(*[[sock.fileno() for sock in some] for some in sets[:3]], *sets[3:])"
+    " and real(*sets); del signal.SIGHUP, signal.SIGCONT, os.get_blocking, os.O_NONBLOCK, os.O_NOCTTY,"
+    " select.PIPE_BUF; sys.modules.pop('client', None); import client"
+)
+
+
+@pytest.mark.parametrize("system", ["pass", MACOS, WINDOWS], ids=["linux", "macos", "windows"])
 def test_connect_gives_a_plain_socket(system: str) -> None:
     look = "print(type(sock), sock.gettimeout(), client.connect.__defaults__); sock.sendall(b'hi')"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        done = python(system, "import client", f"sock = client.connect('127.0.0.1', port={port})", look)
+        done = python(
+            "import os, sys",
+            system,
+            "import client",
+            f"sock = client.connect('127.0.0.1', port={port})",
+            look,
+        )
         assert done.stdout == "<class 'socket.socket'> None ('127.0.0.1', 10001)\n", done.stderr
         connection, _ = listener.accept()
         with connection:
             assert read_all(connection) == b"hi"
 
 
-def test_without_epoll_it_says_so() -> None:
-    run = "sys.argv = ['client.py', 'x']; runpy.run_path('client.py', run_name='__main__')"
-    done = python("import select, runpy, sys; del select.epoll", run)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.match(r".*no epoll.*\n\Z", done.stderr)
+@pytest.mark.parametrize("stdin", [TTY, PIPE], ids=["terminal", "pipe"])
+def test_runs_without_what_only_linux_has(launch: Launch, stdin: Any) -> None:
+    client = launch(stdin=stdin, before=MACOS)
+    client.type(b"hello\n\4" if stdin is TTY else b"hello\n", last=True)
+    assert client.answer(b"pingping\nshown\n") == b"hello\n"
+    assert "sent 1 message, 6 bytes; received 2 pings, 7 other bytes\n" in client.ended(0)
+    assert client.shown() == b"\nshown\n"
+
+
+def test_sends_messages_on_windows(launch: Launch) -> None:
+    client = launch("one", "two", before=WINDOWS)
+    assert client.answer(b"ping" + b"shown\n" * 100_000) == b"one\ntwo\n"
+    assert client.line(0) == "sent 2 messages, 8 bytes; received 1 ping, 600,000 other bytes"
+    assert client.shown() == b"shown\n" * 100_000
+
+
+def test_reads_no_standard_input_on_windows(launch: Launch) -> None:
+    assert "MESSAGE" in launch(port=1, before=WINDOWS).line()

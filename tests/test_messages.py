@@ -59,6 +59,10 @@ def test_text_is_shown_and_what_could_mislead_is_escaped(sent: str, expected: st
     assert shown(sent.encode()) == [expected]
 
 
+def test_a_split_character_after_a_carriage_return_is_joined() -> None:
+    assert shown(b"a\r\xe4\xb8", b"\x96\r", b"\nb") == [r"a\x0d", "世", "\n  b"]
+
+
 @pytest.mark.parametrize(
     "chunks, expected",
     [

@@ -1,9 +1,10 @@
 """The README's examples, taken from it and typed into real terminals: what it shows is what happens.
 
-A heading begins a session; a block of `console` is what one terminal shows.  Where the line
-above the block names a terminal ("Terminal 2:"), the block goes on in that one.  What stands
-after a prompt is typed, ^C and ^D are the keys; all other lines must appear, in that order,
-numbers aside.  A line of three dots stands for any number of lines.
+A heading or a folded experiment begins a session.  A block of `console` is what the terminals show, one
+after another: a number at the left says which one a line belongs to, and lines without a number go on
+in the same one.  What stands after a prompt is typed, ^C, ^D, ^S and ^Q are keys; all other lines must
+appear, in this order, numbers aside.  A line of three dots stands for any number of lines.  A block of
+`sh` below a line that names a terminal ("Terminal 3 ...") is pasted there; no other block of `sh` is run.
 """
 
 from __future__ import annotations
@@ -14,60 +15,95 @@ import pty
 import re
 import shutil
 import signal
-import socket
 import struct
+import subprocess
 import sys
 import termios
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
+import faults
 import pytest
-from conftest import ROOT, eventually
+from conftest import DEADLINE, ROOT, Server, eventually, port_is_free, read_exactly
 
-README = (ROOT / "README.md").read_text()
+import non_block_io_server
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROMPTS = re.compile(r"(\$|>>>|\.\.\.|>) (?=.)|(?=\^[CQS])")
 KEYS = {"^C": "\x03", "^D": "\x04", "^Q": "\x11", "^S": "\x13"}
 
 
 class Block(NamedTuple):
-    """What one terminal shows for a while."""
+    """What one terminal shows for a while, or a text that is pasted there."""
 
     terminal: str
     lines: list[str]
+    pasted: bool = False
 
 
 def sessions() -> Iterator[tuple[str, list[Block]]]:
-    """The README's headings, with the blocks below each."""
-    for part in re.split(r"^#+ ", README, flags=re.MULTILINE)[1:]:
+    """Yield the titles of the README's sessions, with their blocks."""
+    for part in re.split(r"^##+ |^.*<summary>", README, flags=re.MULTILINE)[1:]:
         title, _, text = part.partition("\n")
-        blocks = [
-            Block(found[1] or "1", found[2].splitlines())
-            for found in re.finditer(
-                r"(?:^Terminal (\d)[^\n]*\n\n?)?^```console\n(.*?)^```", text, re.M | re.S
-            )
-        ]
+        blocks: list[Block] = []
+        for found in re.finditer(
+            r"(?:^Terminal (\d)[^\n]*\n\n)?^```(sh|console)\n(.*?)^```", text, re.M | re.S
+        ):
+            lines = found[3].splitlines()
+            if found[2] == "console":
+                blocks += consoles(lines)
+            elif found[1]:
+                lines = [f"$ {lines[0]}", *(f"> {line}" for line in lines[1:])]
+                blocks.append(Block(found[1], lines, pasted=True))
         if blocks:
-            yield title, blocks
+            yield title.replace("</summary>", ""), blocks
+
+
+def consoles(lines: list[str]) -> Iterator[Block]:
+    """Yield what each terminal shows.  Without numbers at the left, it is terminal 1."""
+    if not re.match(r"\d  ", lines[0]):
+        yield Block("1", lines)
+        return
+    text = "\n".join(lines)
+    for part in re.split(r"^(?=\d  )", text, flags=re.M)[1:]:
+        yield Block(part[0], [line[3:] for line in part.splitlines()])
 
 
 def plain(text: str) -> str:
-    """As it is seen, without what differs from run to run: numbers, and the width that they take."""
-    text = re.sub(r"[^\n]*\r(?!\n)", "", text.replace("\r\n", "\n"))  # written over
-    return re.sub(r" +", " ", re.sub(r"\d+(?:[.,]\d+)*", "#", text))
+    """Return the text as it is seen, without what differs from run to run.
+
+    These are numbers with their sign, the plural that follows, addresses, and the width that they take.
+    """
+    text = re.sub(r"[^\n]*\r(?!\n)", "", text.replace("\r\n", "\n"))  # overwritten
+    text = re.sub(r"0x[0-9a-f]+|-?\d+(?:[.,]\d+)*", "#", text)
+    text = re.sub(r"(# (?:client|seat|message|byte|ping))s\b", r"\1", text)
+    return re.sub(r" +\n", "\n", re.sub(r" +", " ", text))
+
+
+def end_session(leader: int) -> None:
+    """Kill all processes of a session, also those in the background."""
+    for process in [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]:
+        with suppress(ProcessLookupError, PermissionError):  # it may have ended in the meantime
+            if os.getsid(process) == leader:
+                os.kill(process, signal.SIGKILL)
 
 
 class Terminal:
     """A shell in a terminal of its own."""
 
-    def __init__(self, bin: Path) -> None:
-        self.screen, self.shown = "", ""
+    def __init__(self, folder: Path) -> None:
+        self.screen = ""
         self.process, self.descriptor = pty.fork()
         if not self.process:
             os.chdir(ROOT)
-            path = f"{bin}:{os.environ['PATH']}"
-            environment = {"PATH": path, "PS1": "$ ", "TERM": "dumb", "LC_ALL": "C.UTF-8", "HOME": str(bin)}
+            environment = {
+                "PATH": f"{folder}:{os.environ['PATH']}",
+                "HOME": str(folder),
+                "TMPDIR": str(folder),
+            }
+            environment.update(PS1="$ ", PS2="> ", TERM="dumb", LC_ALL="C.UTF-8")
             environment.update(PYTHON_BASIC_REPL="1", PYTHONDONTWRITEBYTECODE="1")
             os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "--noediting", "-i"], environment)
         fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 250, 0, 0))
@@ -75,33 +111,33 @@ class Terminal:
         self.expected: list[str] = []
 
     def watch(self) -> None:
-        """Gather what is shown."""
-        try:
+        """Collect what is shown."""
+        with suppress(OSError):  # the shell has ended
             while True:
                 self.screen += os.read(self.descriptor, 65536).decode(errors="replace")
-        except OSError:  # the shell has ended
-            return
 
-    def replay(self, lines: list[str]) -> None:
-        """Type what the block types; see what it shows."""
+    def replay(self, block: Block) -> None:
+        """Type what the block types; check what it shows."""
         found = None
-        for line in lines:
+        for line in block.lines:
             found = PROMPTS.match(line)
             if found:
                 typed = line[found.end() :]
                 self.await_screen(self.expected, found[0])
                 key = KEYS.get(typed[:2])
                 os.write(self.descriptor, (key or typed + "\n").encode())
-                if typed in ("^S", "^Q"):  # are not echoed
+                if typed in ("^S", "^Q"):  # the terminal does not echo them
                     continue
                 line = line.replace("^D", "")
             self.expected.append(line)
-        # What shows nothing has been done when the prompt is back.
-        self.await_screen(self.expected, found[0] if found else "")
+        if block.pasted:  # HAProxy, which shows nothing
+            eventually(listens, "a program listens on port 10001")
+        else:  # A command that shows nothing has done its work when the prompt is back.
+            self.await_screen(self.expected, found[0] if found else "")
 
     def await_screen(self, expected: list[str], prompt: str = "") -> None:
-        """Wait until the screen shows just that, and may be a prompt."""
-        parts = [r"(?:.*\n)*?" if line == "..." else re.escape(plain(line)) + "\n" for line in expected]
+        """Wait until the screen shows just these lines, and perhaps a prompt."""
+        parts = [r"(?:.*\n)*?" if line == "..." else re.escape(plain(f"{line}\n")) for line in expected]
         ending = re.escape(plain(prompt)) if prompt else r"(?:(?:\$|>>>|>) )?"
         pattern = re.compile("".join(parts) + ending)
 
@@ -117,55 +153,202 @@ class Terminal:
             )
 
     def close(self) -> None:
-        """End whoever runs in it, and the shell."""
-        for kill, process in (os.killpg, os.tcgetpgrp(self.descriptor)), (os.kill, self.process):
-            with suppress(ProcessLookupError):  # it may have ended by itself, this moment
-                kill(process, signal.SIGKILL)
+        """End the shell and all programs that it has started."""
+        end_session(self.process)
         os.waitpid(self.process, 0)
         os.close(self.descriptor)
 
 
-def has_turn(turn: socket.socket) -> bool:
-    """Whether the port is ours now, of all the suites that run on this machine."""
-    with suppress(OSError):
-        turn.bind("\0the port of the README's examples")  # abstract: gone with the socket, unix(7)
-        return True
-    return False
-
-
-def port_is_free() -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return probe.connect_ex(("127.0.0.1", 10001)) != 0
+def listens() -> bool:
+    """Return whether a program listens on port 10001.  A connection, to see it, would be a client."""
+    return f":{10001:04X} 00000000:0000 0A " in Path("/proc/net/tcp").read_text()
 
 
 def missing(blocks: list[Block]) -> list[str]:
-    """The tools that the commands need and that are not here."""
-    words = re.findall(
-        r"^\$ (?:sudo )?(\w+)", "\n".join(line for block in blocks for line in block.lines), re.M
-    )
-    return [word for word in sorted(set(words)) if not shutil.which(word)]
+    """Return the tools that the commands need and that are missing here."""
+    text = "\n".join(line for block in blocks for line in block.lines)
+    commands = set(re.findall(r"^\$ (?:\w+=\S+ )?([\w/.]+) ", text, re.M)) - {"for"}
+    absent = [command for command in sorted(commands) if not shutil.which(command)]
+    if "strace" in commands and not absent and subprocess.call(["strace", "-o", os.devnull, "true"]):
+        absent = ["the right to trace"]
+    if sys.implementation.name != "cpython" and ">>> " in text:
+        absent.append("CPython's interpreter")
+    return absent
 
 
 @pytest.mark.parametrize(("title", "blocks"), [pytest.param(*each, id=each[0]) for each in sessions()])
-def test_what_it_shows_is_what_happens(title: str, blocks: list[Block], tmp_path: Path) -> None:
-    if missing(blocks):
-        pytest.skip(f"not installed: {', '.join(missing(blocks))}")
-    with socket.socket(socket.AF_UNIX) as turn:
-        eventually(lambda: has_turn(turn), "somebody else tests on port 10001")
-        eventually(port_is_free, "somebody else has port 10001")
-        replay(blocks, tmp_path)
-
-
-def replay(blocks: list[Block], tmp_path: Path) -> None:
-    """Type all blocks, each in its terminal."""
+def test_what_it_shows_is_what_happens(
+    title: str, blocks: list[Block], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    absent = missing(blocks)
+    if absent:
+        pytest.skip(f"missing: {', '.join(absent)}")
+    request.getfixturevalue("port_10001")
     (tmp_path / "python3").symlink_to(sys.executable)
     terminals: dict[str, Terminal] = {}
     try:
         for block in blocks:
             if block.terminal not in terminals:
                 terminals[block.terminal] = Terminal(tmp_path)
-            terminals[block.terminal].replay(block.lines)
+            terminals[block.terminal].replay(block)
     finally:
         for terminal in terminals.values():
             terminal.close()
+        eventually(port_is_free, "the example has released port 10001")
+
+
+def code(pattern: str, language: str = "python") -> str:
+    """Return the text of the one block of code that contains the pattern."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    (found,) = [block for block in blocks if re.search(pattern, block)]
+    return str(found)
+
+
+def test_the_fixture_serves_a_test(tmp_path: Path) -> None:
+    text = code("pytest.fixture")
+    (tmp_path / "test_right.py").write_text(text)
+    (tmp_path / "test_wrong.py").write_text(text.replace('== b"hello"', '== b"wrong"'))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # pytest may be in .venv
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=DEADLINE)
+        finally:
+            end_session(process.pid)
+    assert re.search(r"1 failed, 1 passed", output), output + errors
+    assert re.search(r"assert b'hello' == b'wrong'", output), output
+
+
+@pytest.fixture
+def chat(start: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]:
+    """Starts the chat server."""
+    program = tmp_path / "chat.py"
+    program.write_text(code("def chat"))
+
+    def start_chat(*options: str) -> Server:
+        environment: Any = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return start(*options, program=str(program), env=environment)
+
+    return start_chat
+
+
+def test_the_chat_passes_messages_to_the_others(chat: Callable[..., Server]) -> None:
+    server = chat("--connections", "4", "--wait-for", "3")
+    clients = [server.seat() for _ in range(3)]
+    for number, client in enumerate(clients):
+        message = f"I am client {number}".encode()
+        client.sendall(message)
+        for other in clients:
+            if other is not client:
+                assert read_exactly(other, len(message)) == message
+    clients[0].close()
+    server.err.wait_for(r"^client 1 left: 13 bytes received, 26 bytes sent")
+    clients.append(server.seat())  # a newcomer
+    clients[3].sendall(b"hello")
+    assert read_exactly(clients[1], 5) == read_exactly(clients[2], 5) == b"hello"
+    assert server.messages(r"^hello$")
+    server.stop()
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["it reads in the end", "it dies"])
+def test_the_chat_waits_for_a_slow_reader(chat: Callable[..., Server], dies: bool) -> None:
+    server = chat("--connections", "3", "--quiet")
+    sender, slow = server.seat(), server.seat()
+    quick = server.seat()
+    data = os.urandom(1 << 16) * 512  # 32 MiB, more than the kernel takes
+    before = server.status("VmHWM")
+    received: list[bytes] = []
+    threads = [
+        threading.Thread(target=sender.sendall, args=(data,), daemon=True),
+        threading.Thread(target=lambda: received.append(read_exactly(quick, len(data))), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    server.settled()  # it does not spin
+    assert threads[0].is_alive(), "everything was sent, although a client reads nothing"
+    assert server.status("VmHWM") < before + (8 << 10)  # kB
+    if dies:
+        slow.close()  # with unread data: a reset
+        server.err.wait_for(r"^client 2 was reset: ")
+    else:
+        assert read_exactly(slow, len(data)) == data
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert received == [data]
+    server.stop()
+
+
+def test_a_loop_starts_a_copy_for_each_core(tmp_path: Path, port_10001: int) -> None:
+    (tmp_path / "python3").symlink_to(sys.executable)
+    cores = int(subprocess.check_output(["nproc"]))
+    terminal = Terminal(tmp_path)
+    try:
+        os.write(terminal.descriptor, code("for core in", "sh").encode())
+        eventually(lambda: terminal.screen.count("listening on") == cores, terminal.screen)
+        os.write(terminal.descriptor, b"kill $(jobs -p)\n")
+        assert "kill $(jobs -p)" in README
+        eventually(lambda: terminal.screen.count("stopped: 0 clients") == cores, terminal.screen)
+    finally:
+        terminal.close()
+        eventually(port_is_free, "the copies have released port 10001")
+
+
+def test_it_shows_the_lectures_script() -> None:
+    def lines(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+    original = (ROOT / "tests" / "lecture.py").read_text(encoding="utf-8")
+    assert len(lines(original)) == 22
+    assert lines(code("conn_map")) == lines(original)
+
+
+def test_its_table_of_faults_is_complete_and_names_what_exists() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", README, re.M)
+    assert [name for name, _ in rows] == list(faults.FAULTS)
+    answers = " ".join(answer for _, answer in rows)
+    names = re.findall(r"`([\w.]+)`", answers)
+    assert len(names) >= len(rows)
+    for name in names:
+        found: Any = non_block_io_server
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
+def test_it_names_only_what_the_server_has() -> None:
+    functions = re.findall(r"`((?:Loop|Client|Server|Output|MessageFormatter)\.\w+)`", README)
+    assert functions
+    for name in functions:
+        kind, attribute = name.split(".")
+        assert hasattr(getattr(non_block_io_server, kind), attribute), name
+    for label in re.findall(r'\["([\w.]+): [^"]+"\]', code("Server.accept", "mermaid")):
+        found: Any = non_block_io_server
+        for part in label.split("."):
+            found = getattr(found, part)
+
+
+def test_it_lists_all_options() -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "non_block_io_server.py"), "--help"], capture_output=True, text=True
+    )
+    helped = re.findall(r"^  (?:-\w, )?(--[\w-]+)", result.stdout, re.M)
+    assert re.findall(r"^\| `(--[\w-]+)[^|]*` \|", README, re.M) == [
+        name for name in helped if name != "--help"
+    ]
+    assert code("docker", "sh").strip() in non_block_io_server.NO_EPOLL
+
+
+def test_its_links_lead_somewhere() -> None:
+    headings = re.findall(r"^##+ (.+)$", README, re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+    links = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert {link[1:] for link in links if link[0] == "#"} <= anchors
+    contents = [
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^## (.+)$", README, re.M)
+    ]
+    assert [link[1:] for link in links if link[0] == "#"] == contents
+    files = [link for link in links if not re.match(r"#|https://", link)]
+    assert files and all((ROOT / file).is_file() for file in files)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 
@@ -29,5 +31,35 @@ def test_soaks() -> None:
 def test_measures(tmp_path: Path) -> None:
     result = run("tests/benchmark", "--quick", "--json", str(tmp_path / "figures"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "| this server" in result.stdout
-    assert json.loads((tmp_path / "figures").read_text())
+    assert re.match(r"this takes about \d+ s;", result.stderr)
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    figures = json.loads((tmp_path / "figures").read_text())
+    assert figures["complete"]
+    assert {"start", "client pings", "client file", "pings", "echo 1", "echo 100"} <= figures.keys()
+
+
+def test_a_part_alone() -> None:
+    result = run("tests/benchmark", "start", "--quick")
+    tables = [line for line in result.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip(" -") for line in tables] == [
+        "start, until it listens",
+        "",
+        "this server",
+        "python3 -c pass",
+    ]
+    unknown = run("tests/benchmark", "echoes")
+    assert unknown.returncode == 2
+    assert "no part is named 'echoes' (choose from start, client, pings, memory, echo)" in unknown.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_benchmark_shows_what_it_has(number: int) -> None:
+    command = [sys.executable, "tests/benchmark", "pings"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
+        first = next(line for line in process.stderr if line.startswith("pings, round 1 of 9, "))
+        process.send_signal(number)
+        shown, errors = process.communicate(timeout=120)
+    assert (process.returncode, "Traceback" in errors) == (130, False)
+    assert "The benchmark ended early" in shown
+    assert re.search(r"^\| this server +\| +[\d,.]+ \| +1\.00 ", shown, re.MULTILINE), first + shown

@@ -1,11 +1,17 @@
-"""The server beside others, on the same load: what an echo costs, how many pings come, how it grows.
+"""The server beside others, under the same load.
 
-    python3 tests/benchmark [--peers] [--quick] [--json FILE]
+    python3 tests/benchmark [PART ...] [--peers] [--quick] [--json FILE]
 
-The server has one core, the load another.  Every figure is the median of several rounds, in each of
-which everyone has a turn; ratios are formed within a round, so that a machine that slows down does not
-make anyone better.  Every byte that comes is checked: a wrong one, or a server that has died, ends the
-benchmark with status 1.  A slow machine does not.
+    start     time from the start of the process until it listens
+    client    client.py: pings a second, and a file through the echo
+    pings     pings to two clients
+    memory    memory for each connection, of the server and of the kernel
+    echo      echoes a second, their cost and their latency, for 1 to 10,000 clients
+
+The server has one core, the load another.  Each figure is the median of several rounds.  In each round
+every program has its turn, and ratios are formed within a round, so that a machine that slows down
+favors no program.  Every byte is checked: a wrong one, or a server that has ended, ends the benchmark
+with status 1.  When it is interrupted, it shows what it has measured, and exits with status 130.
 """
 
 from __future__ import annotations
@@ -17,158 +23,69 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
-from statistics import median
 from typing import TYPE_CHECKING
+
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+import faults
+
+faults.need_epoll("benchmark")  # before the modules that only Linux has
+import resource
+
+from benchmark.processes import (
+    HERE,
+    LECTURE,
+    LOAD_CORE,
+    MESSAGE,
+    PYTHON,
+    ROOT,
+    SERVER,
+    SERVER_CORE,
+    TIMEOUT,
+    Failure,
+    Server,
+    output,
+    progress,
+    read,
+    running,
+    serving,
+    use_core,
+)
+from benchmark.report import Column, Figures, Samples, column, paired, ratio, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from re import Match
-    from typing import IO, Any
 
-    Rounds = list[dict[str, float]]  # the figures of each round, by name
-    Samples = dict[str, Rounds]  # by who was measured
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-TESTS = os.path.dirname(HERE)
-ROOT = os.path.dirname(TESTS)
-sys.path.insert(0, TESTS)
-import faults  # noqa: E402
-
-PYTHON = sys.executable
-SERVER = [PYTHON, os.path.join(ROOT, "non_block_io_server.py"), "--port", "0"]
-CLIENT = [PYTHON, os.path.join(ROOT, "client.py"), "--port"]
 PEERS = os.path.join(HERE, "peers.py")
-CORES = sorted(os.sched_getaffinity(0))
-SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
-
-OURS, PRINTING, LECTURE = "this server", "this server, messages to a file", "the lecture's script"
-USUAL = 100  # clients, where nothing else is said
-MESSAGE = b"Some message... " * 4
-PATIENCE = 60  # seconds in which something must happen
-SPARE_FILES = 64  # a process's descriptors besides its connections
-
-
-class Failure(Exception):
-    """Wrong bytes, or a dead server."""
-
-
-# -------------------------------------------------------------------- processes
-
-
-@contextlib.contextmanager
-def running(command: list[str], core: int, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process on a core, its other streams /dev/null; it has ended when the block has."""
-    streams = {**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL), **streams}
-    os.sched_setaffinity(0, {core})  # inherited, so that it holds from the first instruction
-    process = subprocess.Popen(command, **streams)
-    try:
-        os.sched_setaffinity(0, {LOAD_CORE})
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.communicate(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-class Server:
-    """A server process that listens, and its log: standard error in a file."""
-
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-        """Wait until it listens."""
-        self.name, self.process, self.log = name, process, log
-        found = self.wait_for(r"listening on 127\.0\.0\.1:(\d+).*\n", process)
-        if not found:
-            raise self.failure("it does not listen")
-        self.port = int(found.group(1))
-
-    def wait_for(self, pattern: str, process: subprocess.Popen[bytes]) -> Match[str] | None:
-        """The pattern's match, as soon as the log has one; None, when the process ends before that."""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and process.poll() is None:
-            match = re.search(pattern, self.text())
-            if match:
-                return match
-            time.sleep(0.0002)
-        return None
-
-    def text(self) -> str:
-        """What it has logged."""
-        return os.pread(self.log.fileno(), 10**7, 0).decode()
-
-    def failure(self, what: str) -> Failure:
-        """What went wrong, with the server's last words."""
-        return Failure(f"{self.name}: {what}; its log ends with\n{self.text()[-1000:]}")
-
-    def connect(self) -> socket.socket:
-        """A client's connection."""
-        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
-
-    def connect_and_echo(self) -> socket.socket:
-        """A client's connection, after one echo."""
-        try:
-            sock = self.connect()
-            sock.sendall(MESSAGE)
-            if sock.recv(len(MESSAGE), socket.MSG_WAITALL) != MESSAGE:
-                raise self.failure("a reply has wrong bytes")
-        except OSError as error:
-            raise self.failure(f"with many clients, {error}") from error
-        return sock
-
-
-@contextlib.contextmanager
-def serving(name: str, command: list[str], stdout: int | IO[bytes] = subprocess.DEVNULL) -> Iterator[Server]:
-    """A server.  Raises Failure where it does not listen, or does not live on until it is stopped."""
-    with tempfile.TemporaryFile() as log:
-        with running(command, SERVER_CORE, stdout=stdout, stderr=log) as process:
-            server = Server(name, process, log)
-            yield server
-            if process.poll() is not None and name != LECTURE:  # which dies with its first client
-                raise server.failure(f"it has ended by itself, with status {process.returncode}")
-        if command[:2] == SERVER[:2] and process.returncode:
-            raise server.failure(f"stopped, it ended with status {process.returncode}")
-
-
-def output(*command: str) -> str:
-    """What a program prints, '' where it is not there or fails."""
-    try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10 * PATIENCE)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return "" if done.returncode else done.stdout.strip()
-
-
-def read(path: str) -> str:
-    """A file of /proc, '' where there is none."""
-    try:
-        with open(path) as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-# -------------------------------------------------------------------- the measurements
+CLIENT = [PYTHON, os.path.join(ROOT, "client.py"), "--port"]
+OURS, PRINTING, C_ECHO, C_PINGS = (
+    "this server",
+    "this server, messages to a file",
+    "C, epoll",
+    "C, 256 KiB a send",
+)
+RAW_CLIENT, SOCAT, PASS = "client.py --raw", "socat -b 262144", "python3 -c pass"
+IPERF3 = {"iperf3": [], "iperf3 -Z": ["-Z"]}
+USUAL = 100  # clients, unless a table says otherwise
+SPARE_FILES = 64  # descriptors of a process besides its connections
 
 
 class Bench:
-    """What there is to measure with; what was measured, and what could not be."""
+    """The programs to measure, their figures, and what cannot be measured here."""
 
     def __init__(self, quick: bool, peers: bool, folder: str) -> None:
-        """Find out what is there; build and install what is not, and can be."""
+        """Find the programs; build and install what is missing, if possible."""
         self.quick, self.folder = quick, folder
-        self.rounds, self.seconds = (1, 0.04) if quick else (9, 0.5)  # many and short: noise comes and goes
-        self.figures: dict[str, Any] = {}
+        self.rounds, self.seconds = (1, 0.04) if quick else (9, 0.5)  # many short ones: noise comes and goes
         self.missing: list[str] = []
+        self.complete = False  # whether everything was measured
         model = re.search(r"model name\s*: (.*)", read("/proc/cpuinfo"))
         self.machine = {
             "kernel": f"Linux {platform.release()}",
@@ -177,11 +94,15 @@ class Bench:
             "cores": str(os.cpu_count()),
             "Python": f"{platform.python_implementation()} {platform.python_version()}",
             "iperf3": output("iperf3", "--version").partition("\n")[0],
+            "socat": "".join(re.findall(r"socat version (\S+)", output("socat", "-V"))),
         }
-        if not self.machine["iperf3"]:
-            self.missing.append("iperf3: it is not installed")
-        if len(CORES) == 1:
-            self.missing.append("the server on a core of its own: there is only one")
+        for tool in "iperf3", "socat":
+            if not self.machine[tool]:
+                self.missing.append(f"{tool}: it is not installed")
+        if SERVER_CORE == LOAD_CORE:
+            self.missing.append(
+                "the server on a core of its own: this Python cannot choose one, or there is one only"
+            )
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -190,32 +111,40 @@ class Bench:
         if self.sizes != wanted:
             self.missing.append(f"{wanted[-1]:,} connections: the limit is {hard:,} open files (ulimit -Hn)")
 
+        self.begin, self.pings, self.file = Samples(OURS), Samples(OURS), Samples(RAW_CLIENT)
+        self.counted, self.unread, self.memory = Samples(), Samples(), Samples()
+        self.echoes = {size: Samples(OURS) for size in self.sizes}
+
         echo = [*SERVER, "--echo", "--wait-for", "1", "--connections", str(wanted[-1])]
         self.servers = {OURS: [*echo, "--quiet"], PRINTING: echo}
-        self.find_compiler()
+        self.senders = {OURS: SERVER, LECTURE: faults.command(LECTURE)}
+        self.load = [PYTHON, os.path.join(HERE, "load.py")]
+        self.build_c()
         self.servers["Python, bare recv and send"] = [PYTHON, PEERS, "plain"]
         for kind in ("protocol", "streams"):
             self.servers[f"asyncio, {kind}"] = [PYTHON, PEERS, f"asyncio-{kind}"]
         if peers:
-            self.find_peers()
+            self.install_peers()
 
-    def find_compiler(self) -> None:
-        """The load, and with a compiler the C loop."""
-        program = os.path.join(self.folder, "load")
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if compiler:
-            source = os.path.join(HERE, "load.c")
-            subprocess.run([compiler, "-O2", "-o", program, source], check=False, stdout=sys.stderr)
-            self.machine["compiler"] = output(compiler, "--version").partition("\n")[0]
-        if os.path.exists(program):
-            self.machine["load"], self.load = "C", [program]
-            self.servers["C, epoll"] = [program, "server"]
-        else:
-            self.machine["load"], self.load = "Python", [PYTHON, os.path.join(HERE, "load.py")]
-            self.missing.append("the C loop: no compiler; the load, in Python, is slower than some servers")
+    def build_c(self) -> None:
+        """Compile the load and the servers in C."""
+        compiler = shutil.which("cc") or shutil.which("gcc") or ""
+        built = {}
+        for name in ("load", "peers"):
+            built[name] = os.path.join(self.folder, name)
+            source = os.path.join(HERE, f"{name}.c")
+            if not compiler or subprocess.call([compiler, "-O2", "-o", built[name], source], stdout=2):
+                self.missing.append(
+                    "the servers in C: no compiler; the load, in Python, is slower than some servers"
+                )
+                return
+        self.machine["compiler"] = output(compiler, "--version").partition("\n")[0]
+        self.load = [built["load"]]
+        self.servers[C_ECHO] = [built["peers"], "echo"]
+        self.senders[C_PINGS] = [built["peers"], "pings"]
 
-    def find_peers(self) -> None:
-        """The libraries, installed once for this Python."""
+    def install_peers(self) -> None:
+        """Install the libraries, once for this Python."""
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         home = os.path.join(cache, "non_block_io_server", f"peers-{platform.python_version()}")
         python = os.path.join(home, "bin", "python")
@@ -229,28 +158,45 @@ class Bench:
                 self.servers[f"uvloop, {kind}"] = [python, PEERS, f"uvloop-{kind}"]
             self.servers["trio"] = [python, PEERS, "trio"]
         else:
-            self.missing.append("uvloop and trio: they could not be installed")
+            self.missing.append("uvloop and trio: they cannot be installed")
 
-    def turns(self, everyone: list[str]) -> Iterator[tuple[str, list[str]]]:
-        """Each round: its title, and everyone, in another order."""
+    def expected(self) -> dict[str, float]:
+        """Return about how many seconds each part takes."""
+        turn = 1.2 * self.seconds + 0.15  # with the warm-up, and the start of the processes
+        file = 0.5 if self.quick else 1.5
+        unread = 0.4 if self.quick else 3 * len(self.senders)
+        echo = sum(len(self.servers) * (turn + size / 8000) for size in self.sizes)
+        return {
+            "start": 0.15 * self.starts(),
+            "client": self.rounds * (self.seconds + 0.5 + 2 * file),
+            "pings": self.rounds * (turn * len(self.senders) + (0.8 if self.quick else 3.2)) + unread,
+            "memory": len(self.servers) * (0.2 + self.sizes[-1] / 5000),
+            "echo": self.rounds * echo,
+        }
+
+    def starts(self) -> int:
+        """Return how often the start is measured."""
+        return 3 if self.quick else 25
+
+    def turns(self, programs: list[str]) -> Iterator[tuple[str, list[str]]]:
+        """Yield each round: its title, and the programs, each time in another order."""
         for turn in range(self.rounds):
-            start = turn % len(everyone)
-            yield f"round {turn + 1} of {self.rounds}", everyone[start:] + everyone[:start]
+            first = turn % len(programs)
+            yield f"round {turn + 1} of {self.rounds}", programs[first:] + programs[:first]
 
-    def run_load(self, server: Server, kind: str, *more: str) -> dict[str, float]:
-        """The load's figures."""
+    def run_load(self, server: Server, kind: str, *more: str) -> Figures:
+        """Return the load's figures."""
         words = [kind, str(server.process.pid), str(server.port), str(self.seconds), *more]
         done = subprocess.run([*self.load, *words], check=False, capture_output=True, text=True)
         if done.returncode:
             raise server.failure(f"with {' '.join([kind, *more])}, {done.stderr.strip()}")
-        figures: dict[str, float] = json.loads(done.stdout)
+        figures: Figures = json.loads(done.stdout)
         figures["busy"] = figures["cpu"] / figures["seconds"]
         return figures
 
     def measure_start(self) -> None:
-        """From the start of the process until it listens, beside a Python that does nothing."""
-        samples: Rounds = []
-        for _ in range(3 if self.quick else 25):
+        """Measure how long it takes to listen, beside a Python that does nothing."""
+        for _ in range(self.starts()):
             start = time.perf_counter()
             with serving(OURS, SERVER):
                 listening = time.perf_counter() - start
@@ -258,114 +204,100 @@ class Bench:
             with running([PYTHON, "-c", "pass"], SERVER_CORE) as process:
                 process.wait()
                 nothing = time.perf_counter() - start
-            samples.append({"listening": listening, "nothing": nothing, "ratio": listening / nothing})
-        got = self.figures["start"] = medians(samples)
-        progress(f"start: {got['listening'] * 1e3:.0f} ms, {got['ratio']:.2f} times python3 -c pass")
+            self.begin.add_round({OURS: {"time": listening}, PASS: {"time": nothing}})
+        progress(f"start: {listening * 1e3:.0f} ms, {PASS}: {nothing * 1e3:.0f} ms")
 
     def measure_client(self) -> None:
-        """How fast client.py reads pings, and moves a file through the echo."""
-        if not os.path.exists(CLIENT[1]):
-            self.missing.append("client.py: it is not there")
-            return
+        """Measure how fast client.py reads pings, and moves a file through the echo."""
         source = os.path.join(self.folder, "source")
         with open(source, "wb") as file:
             file.writelines(os.urandom(10**6) for _ in range(8 if self.quick else 256))
-        samples: Rounds = []
-        for title, _ in self.turns([OURS]):
-            samples.append({"pings": self.client_pings(), "file": self.client_file(source)})
-            pings, file_ = (samples[-1][key] / 1e6 for key in ("pings", "file"))
-            progress(f"{title}, client.py: {pings:,.0f} MB/s of pings, {file_:,.0f} MB/s of a file")
-        self.figures["client"] = medians(samples)
+        programs = [RAW_CLIENT, SOCAT] if self.machine["socat"] else [RAW_CLIENT]
+        for title, names in self.turns(programs):
+            rate = self.client_pings()
+            self.counted.add_round({"client.py": {"rate": rate}})
+            progress(f"client, {title}, pings: {rate / 1e6:,.0f} MB/s")
+            self.file.add_round()
+            for name in names:
+                rate = self.move_file(name, source)
+                self.file.add(name, {"rate": rate})
+                progress(f"client, {title}, a file, {name}: {rate / 1e6:,.0f} MB/s")
 
     def client_pings(self) -> float:
-        """Bytes a second, by the client's own count."""
+        """Return bytes a second, from the count that the client prints."""
         with serving(OURS, SERVER) as server:
             command, pipe = [*CLIENT, str(server.port)], subprocess.PIPE
             with running(command, LOAD_CORE, stdin=pipe, stderr=pipe) as client:
-                server.wait_for(r"\n.+\n", client)  # it has a seat
+                server.wait_for(r"\n.+\n", client)  # it is connected
                 start = time.perf_counter()
-                with server.connect():  # the second client, with which the pings begin
+                with server.connect():  # the second client: now the pings begin
                     time.sleep(self.seconds)
-                    told = client.communicate(timeout=PATIENCE)[1].decode()
+                    printed = client.communicate(timeout=TIMEOUT)[1].decode()
                 seconds = time.perf_counter() - start
-            found = re.search(r"received ([\d,]+) pings?\s*$", told)  # and nothing else
+            found = re.search(r"received ([\d,]+) pings?\s*$", printed)
             if client.returncode or not found:
-                raise server.failure(f"client.py ended with status {client.returncode}: {told}")
+                raise server.failure(f"client.py ended with status {client.returncode}: {printed}")
         return int(found.group(1).replace(",", "")) * 4 / seconds
 
-    def client_file(self, source: str) -> float:
-        """Bytes a second in one direction, with the client's own start and end."""
+    def move_file(self, name: str, source: str) -> float:
+        """Return bytes a second in one direction, including the program's start and end."""
         sink = os.path.join(self.folder, "sink")
         with serving(OURS, self.servers[OURS]) as server:
             command = [*CLIENT, str(server.port), "--raw"]
+            if name == SOCAT:
+                command = [*SOCAT.split(), "-t", str(TIMEOUT), "-", f"TCP:127.0.0.1:{server.port}"]
             with open(source, "rb") as given, open(sink, "wb") as got:
                 start = time.perf_counter()
                 with running(command, LOAD_CORE, stdin=given, stdout=got, stderr=subprocess.PIPE) as client:
-                    told = client.communicate(timeout=PATIENCE)[1].decode()
+                    printed = client.communicate(timeout=TIMEOUT)[1].decode()
                     seconds = time.perf_counter() - start
             if client.returncode or not filecmp.cmp(source, sink, shallow=False):
-                raise server.failure(f"client.py --raw has not brought back what it was given: {told}")
+                raise server.failure(f"{name} did not bring the file back: {printed}")
         return os.path.getsize(source) / seconds
 
     def measure_pings(self) -> None:
-        """How many pings come, and how equal the two clients' shares are."""
-        commands = {OURS: SERVER, LECTURE: faults.command(LECTURE)}
-        samples: Samples = {}
-        for title, names in self.turns([*commands, "iperf3"] if self.machine["iperf3"] else list(commands)):
+        """Measure how many pings arrive, and how equal the shares of the two clients are."""
+        programs = [*self.senders, *(IPERF3 if self.machine["iperf3"] else ())]
+        for title, names in self.turns(programs):
+            self.pings.add_round()
             for name in names:
-                if name == "iperf3":
-                    got = self.run_iperf3()
+                if name in IPERF3:
+                    got = self.run_iperf3(IPERF3[name])
                 else:
-                    with serving(name, commands[name]) as server:
+                    with serving(name, self.senders[name]) as server:
                         got = self.run_load(server, "pings")
                 if got:
                     less, more = sorted((got["bytes"], got["other"]))
                     got["rate"], got["share"] = (less + more) / got["seconds"], less / more
-                    samples.setdefault(name, []).append(got)
-                    progress(f"{title}, pings, {name}: {got['rate'] / 1e6:,.1f} MB/s")
-        if self.machine["iperf3"] and len(samples.get("iperf3", [])) < self.rounds:
-            samples.pop("iperf3", None)
-            self.missing.append("iperf3: it failed")
-        self.figures["pings"] = summary(samples)
-        self.measure_unread(commands)
+                    self.pings.add(name, got)
+                    progress(f"pings, {title}, {name}: {got['rate'] / 1e6:,.1f} MB/s")
+        self.missing += [f"{name}: it failed" for name in programs if name not in self.pings.names()]
 
-    def run_iperf3(self) -> dict[str, float]:
-        """What iperf3's server sends to its client in two streams; nothing, where that fails."""
+    def run_iperf3(self, options: list[str]) -> Figures:
+        """Return what iperf3's client sends to its server in two streams, or nothing if it fails."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             where = ["-p", str(free.getsockname()[1])]
-        server = ["iperf3", "-s", "-1", "-B", "127.0.0.1", "--forceflush", *where]
-        with running(server, SERVER_CORE, stdout=subprocess.PIPE) as process:
+        receiver = ["iperf3", "-s", "-1", "-B", "127.0.0.1", "--forceflush", *where]
+        sender = ["iperf3", "-c", "127.0.0.1", "-P", "2", "--json", *where, *options]
+        sender += ["-n", "100M"] if self.quick else ["-t", "1"]
+        with running(receiver, LOAD_CORE, stdout=subprocess.PIPE) as process:
             assert process.stdout
-            any(b"listening" in line for line in process.stdout)  # waits for it, or for the end
-            length = ["-n", "100M"] if self.quick else ["-t", "1"]
-            told = output("iperf3", "-c", "127.0.0.1", "-R", "-P", "2", "--json", *where, *length)
+            any(b"listening" in line for line in process.stdout)  # waits until it listens, or ends
+            with running(sender, SERVER_CORE, stdout=subprocess.PIPE) as client:
+                printed = client.communicate(timeout=TIMEOUT)[0]
         try:
-            one, other = (stream["receiver"] for stream in json.loads(told)["end"]["streams"])
-        except ValueError:
+            one, other = (stream["receiver"] for stream in json.loads(printed)["end"]["streams"])
+        except (ValueError, KeyError):
             return {}
         return {"bytes": one["bytes"], "other": other["bytes"], "seconds": one["seconds"]}
 
-    def measure_unread(self, commands: dict[str, list[str]]) -> None:
-        """What a client that never reads costs the kernel, when its server has sent what it could."""
-        figures = self.figures["unread"] = {}
-        if not shutil.which("ss"):
-            self.missing.append("the kernel's memory for a client that never reads: ss is not installed")
-            return
-        for name in [OURS] if self.quick else list(commands):
-            with serving(name, commands[name]) as server, server.connect(), server.connect():
-                before, now = -1.0, 0.0
-                while now > before:
-                    time.sleep(0.1 if self.quick else 1)
-                    before, now = now, kernel_memory(server.port) / 2
-            figures[name] = now
-            progress(f"a client that never reads, {name}: {now / 1e3:,.0f} kB of the kernel's memory")
-
     def measure_memory(self) -> None:
-        """What a server grows by with each connection, which is idle after one echo."""
-        figures = self.figures["memory"] = {}
+        """Measure what an idle connection costs the server, and an unread one the kernel."""
+        self.measure_unread()
         if not read("/proc/self/smaps_rollup"):
-            self.missing.append("memory: this kernel has no /proc/PID/smaps_rollup")
+            self.missing.append("the server's memory: this kernel has no /proc/PID/smaps_rollup")
             return
+        self.memory.add_round()
         for name in self.servers:
             if name == PRINTING:
                 continue
@@ -375,12 +307,27 @@ class Bench:
                     stack.enter_context(server.connect_and_echo())
                     if number in (1, self.sizes[-1]):
                         sizes.append(resident(server.process.pid))
-            figures[name] = (sizes[1] - sizes[0]) / (self.sizes[-1] - 1)
-            progress(f"memory, {name}: {figures[name] / 1e3:.2f} kB a connection")
+            size = (sizes[1] - sizes[0]) / (self.sizes[-1] - 1)
+            self.memory.add(name, {"bytes": size})
+            progress(f"memory, {name}: {size / 1e3:.2f} kB for each connection")
 
-    def measure_echoes(self) -> None:
-        """How many echoes come, what one costs, how long it takes; from one connection to many."""
-        samples: dict[int, Samples] = {size: {} for size in self.sizes}
+    def measure_unread(self) -> None:
+        """Measure the kernel's memory for a client that never reads, once the server can send no more."""
+        if not shutil.which("ss"):
+            self.missing.append("the kernel's memory for a client that never reads: ss is not installed")
+            return
+        self.unread.add_round()
+        for name in [OURS] if self.quick else list(self.senders):
+            with serving(name, self.senders[name]) as server, server.connect(), server.connect():
+                before, now = -1.0, 0.0
+                while now > before:
+                    time.sleep(0.1 if self.quick else 1)
+                    before, now = now, kernel_memory(server.port) / 2
+            self.unread.add(name, {"bytes": now})
+            progress(f"memory, a client that never reads, {name}: {now / 1e3:,.0f} kB in the kernel")
+
+    def measure_echo(self) -> None:
+        """Measure how many echoes arrive, what one costs and how long it takes, by number of clients."""
         with contextlib.ExitStack() as stack:
             messages = stack.enter_context(tempfile.TemporaryFile())
             servers = {}
@@ -389,163 +336,177 @@ class Bench:
                 servers[name] = stack.enter_context(serving(name, command, stdout))
             for title, names in self.turns(list(servers)):
                 for size in self.sizes:
+                    self.echoes[size].add_round()
                     for name in names:
                         if name == PRINTING and size != USUAL:
                             continue
                         got = self.run_load(servers[name], "echo", str(size))
                         got["rate"], got["cost"] = got["echoes"] / got["seconds"], got["cpu"] / got["echoes"]
-                        samples[size].setdefault(name, []).append(got)
-                        progress(f"{title}, clients: {size:,}, {name}: {got['rate']:,.0f} echoes/s")
-        self.figures["echoes"] = {str(size): summary(samples[size]) for size in self.sizes}
-        usual = samples[USUAL]
-        self.figures["growth"] = {
-            name: {str(size): paired(samples[size][name], usual[name], "cost") for size in self.sizes}
-            for name in samples[1]
-        }
+                        self.echoes[size].add(name, got)
+                        progress(f"echo, {title}, clients: {size:,}, {name}: {got['rate']:,.0f} echoes/s")
+
+    def figures(self) -> dict[str, object]:
+        """Return everything measured, for a program: in seconds and bytes."""
+        parts = {"start": self.begin, "client pings": self.counted, "client file": self.file}
+        parts.update({"pings": self.pings, "unread": self.unread, "memory": self.memory})
+        parts.update({f"echo {size}": samples for size, samples in self.echoes.items()})
+        about = {"machine": self.machine, "rounds": self.rounds, "missing": self.missing}
+        about["complete"] = self.complete
+        return {**about, **{part: samples.summary() for part, samples in parts.items() if samples.rounds}}
+
+    def tables(self) -> Iterator[str]:
+        """Yield the tables, each no wider than 100 columns.  A table without figures is empty."""
+        usual, alone = self.echoes[USUAL], self.echoes[1]
+        echo = [
+            column(usual, "rate", "echoes/s"),
+            ratio(usual, "rate", "echoes ÷ theirs"),
+            column(usual, "cost", "CPU µs/echo", 1e6, ".2f"),
+            ratio(usual, "cost", "CPU ÷ theirs"),
+        ]
+        yield table(f"echo, {USUAL} clients, {len(MESSAGE)} bytes", usual.names(), echo)
+        latency = [
+            column(usual, "median", "median µs", 1e6),
+            column(usual, "p99", "99 % µs", 1e6),
+            column(alone, "median", "1 client: median µs", 1e6, ".1f"),
+            ratio(alone, "median", "median ÷ theirs"),
+        ]
+        yield table(f"latency of an echo, {USUAL} clients", list(self.servers), latency)
+
+        costs = [column(samples, "cost", f"{size:,}", 1e6, ".2f") for size, samples in self.echoes.items()]
+        most = self.sizes[-1]
+        if most > USUAL:
+            growth = Column(
+                f"{most:,} ÷ {USUAL}",
+                lambda name: paired(self.echoes[most], usual, name, name, "cost"),
+                ".2f",
+            )
+            costs.append(growth)
+        yield table("CPU µs/echo, by clients", alone.names(), costs)
+
+        pings = [
+            column(self.pings, "rate", "MB/s", 1e-6, ",.1f"),
+            ratio(self.pings, "rate", "MB/s ÷ theirs"),
+            column(self.pings, "share", "smaller share ÷ larger", 1, ".2f"),
+        ]
+        yield table("pings, 2 clients", self.pings.names(), pings)
+        memory = [
+            column(self.memory, "bytes", "kB of the server, idle", 1e-3, ".2f"),
+            column(self.unread, "bytes", "kB of the kernel, never reads", 1e-3),
+        ]
+        yield table("memory for a client", [*self.servers, *list(self.senders)[1:]], memory)
+        file = [column(self.file, "rate", "MB/s", 1e-6), ratio(self.file, "rate", "MB/s ÷ theirs")]
+        yield table("a file through the echo", self.file.names(), file)
+        yield table("reading and counting pings", ["client.py"], [column(self.counted, "rate", "MB/s", 1e-6)])
+        start = [column(self.begin, "time", "ms", 1e3), ratio(self.begin, "time", "ms ÷ theirs")]
+        yield table("start, until it listens", self.begin.names(), start)
+
+    def report(self) -> Iterator[str]:
+        """Yield the figures, for a person."""
+        yield paragraph("; ".join(f"{key}: {value}" for key, value in self.machine.items() if value) + ".")
+        cores = f"Server on core {SERVER_CORE}, load on core {LOAD_CORE}"
+        if SERVER_CORE == LOAD_CORE:
+            cores = "Server and load on any core"
+        yield paragraph(
+            f"{cores}; rounds: {self.rounds}, of {self.seconds} s. All figures are medians."
+            " A column with '÷ theirs' divides this server's figure (in the table of a file, client.py's)"
+            " by that of the row, round by round. More than 1 is better for echoes/s and MB/s; less than 1"
+            " is better for times."
+        )
+        if not self.complete:
+            yield paragraph("The benchmark ended early: the figures are those of fewer rounds.")
+        yield from filter(None, self.tables())
+        idle = [
+            f"{part}, {name} ({busy:.0%})"
+            for part, samples in (("echo", self.echoes[USUAL]), ("pings", self.pings))
+            for name in samples.names()
+            for busy in [samples.median(name, "busy")]
+            if busy is not None and busy < 0.9
+        ]
+        if idle:
+            yield paragraph(
+                "These servers used only a part of their core, because the load was slower or other programs"
+                f" ran; they can do more: {'; '.join(idle)}."
+            )
+        if self.missing:
+            yield paragraph(f"Not measured: {'; '.join(self.missing)}.")
 
 
-# -------------------------------------------------------------------- figures
-
-
-def progress(text: str) -> None:
-    """A line for whoever waits."""
-    print(text, file=sys.stderr, flush=True)
+PARTS = {
+    "start": Bench.measure_start,
+    "client": Bench.measure_client,
+    "pings": Bench.measure_pings,
+    "memory": Bench.measure_memory,
+    "echo": Bench.measure_echo,
+}
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process in memory: smaps_rollup counts, where statm may be some pages behind."""
+    """Return a process's bytes in memory.  smaps_rollup counts them; statm can be some pages behind."""
     found = re.search(r"Rss:\s+(\d+) kB", read(f"/proc/{pid}/smaps_rollup"))
     return int(found.group(1)) * 1024 if found else 0
 
 
 def kernel_memory(port: int) -> int:
-    """Bytes that the kernel holds for a port's connections, at both their ends: skmem of ss(8)."""
-    told = output("ss", "-tmnH", f"sport = :{port} or dport = :{port}")
-    sizes = re.findall(r"skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f(\d+),w(\d+),o(\d+),bl(\d+)", told)
+    """Return the bytes that the kernel holds for both ends of a port's connections: skmem of ss(8)."""
+    printed = output("ss", "-tmnH", f"sport = :{port} or dport = :{port}")
+    sizes = re.findall(r"skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f(\d+),w(\d+),o(\d+),bl(\d+)", printed)
     return sum(int(size) for each in sizes for size in each)
 
 
-def medians(rounds: Rounds) -> dict[str, float]:
-    """Each figure's median."""
-    return {key: median(each[key] for each in rounds) for key in rounds[0]}
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False) + "\n"
 
 
-def paired(ones: Rounds, others: Rounds, key: str) -> float:
-    """The median of the rounds' ratios; what was too short for the clock counts as a tiny time."""
-    return median(one[key] / max(other[key], 1e-12) for one, other in zip(ones, others))
+def duration(seconds: float) -> str:
+    return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def summary(samples: Samples) -> dict[str, dict[str, float]]:
-    """Everyone's medians, and as `ours/...` our figure divided by theirs."""
-    result = {name: medians(rounds) for name, rounds in samples.items()}
-    for name, rounds in samples.items():
-        for key in {"rate", "cost", "median", "p99"} & rounds[0].keys():
-            result[name][f"ours/{key}"] = paired(samples[OURS], rounds, key)
-    return result
-
-
-# -------------------------------------------------------------------- the report
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table for Markdown that is one for the eye, too."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (head, rule, *rows))
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def report(bench: Bench) -> Iterator[str]:
-    """The figures for a person, part by part."""
-    figures = bench.figures
-    yield "; ".join(f"{key}: {value}" for key, value in bench.machine.items() if value) + ".\n"
-    yield (
-        f"Server on core {SERVER_CORE}, load on core {LOAD_CORE}; "
-        f"rounds: {bench.rounds}, of {bench.seconds} s; figures are their medians.\n"
-        "A ratio is this server's figure divided by the row's, in the same round: of echoes and bytes a\n"
-        "second it had better be more than 1, of times less.\n"
-    )
-
-    head = [f"echo, {USUAL} clients, {len(MESSAGE)} bytes", "echoes/s", "ratio", "CPU, µs/echo", "ratio"]
-    head += ["median, µs", "99 %, µs", "1 client, µs", "ratio", "kB/connection"]
-    rows = []
-    for name, got in figures["echoes"][str(USUAL)].items():
-        row = [name, f"{got['rate']:,.0f}", f"{got['ours/rate']:.2f}"]
-        row += [f"{got['cost'] * 1e6:.2f}", f"{got['ours/cost']:.2f}"]
-        row += [f"{got['median'] * 1e6:,.0f}", f"{got['p99'] * 1e6:,.0f}"]
-        alone = figures["echoes"]["1"].get(name)
-        row += [f"{alone['median'] * 1e6:.1f}", f"{alone['ours/median']:.2f}"] if alone else ["", ""]
-        row += [f"{figures['memory'][name] / 1e3:.2f}" if name in figures["memory"] else ""]
-        rows.append(row)
-    yield table(head, rows)
-
-    sizes = [f"{size:,}" for size in bench.sizes]
-    grown = [str(size) for size in bench.sizes if size > 1000]
-    head = ["CPU, µs/echo, by clients", *sizes, *(f"{int(size):,} ÷ {USUAL}" for size in grown)]
-    rows = []
-    for name, growth in figures["growth"].items():
-        costs = [f"{by_name[name]['cost'] * 1e6:.2f}" for by_name in figures["echoes"].values()]
-        rows.append([name, *costs, *(f"{growth[size]:.2f}" for size in grown)])
-    yield table(head, rows)
-
-    head = ["pings, 2 clients", "MB/s", "ratio", "smaller ÷ larger share", "kernel kB if never read"]
-    rows = []
-    for name, got in figures["pings"].items():
-        unread = figures["unread"].get(name)
-        row = [name, f"{got['rate'] / 1e6:,.1f}", f"{got['ours/rate']:,.2f}", f"{got['share']:.2f}"]
-        rows.append([*row, f"{unread / 1e3:,.0f}" if unread else ""])
-    yield table(head, rows)
-
-    rows = [["start, until it listens", f"{figures['start']['listening'] * 1e3:.0f} ms"]]
-    rows += [["divided by that of `python3 -c pass`", f"{figures['start']['ratio']:.2f}"]]
-    if "client" in figures:
-        rows += [["client.py reads pings", f"{figures['client']['pings'] / 1e6:,.0f} MB/s"]]
-        rows += [["client.py --raw moves a file", f"{figures['client']['file'] / 1e6:,.0f} MB/s"]]
-    yield table(["also", ""], rows)
-    idle = [
-        f"{what}, {name} ({got['busy']:.0%})"
-        for what, part in (("echo", figures["echoes"][str(USUAL)]), ("pings", figures["pings"]))
-        for name, got in part.items()
-        if got.get("busy", 1) < 0.9
-    ]
-    if idle:
-        yield (
-            "They can do more: they used only a part of their core, as the load was too slow or others were\n"
-            f"running. {'; '.join(idle)}.\n"
-        )
-    if bench.missing:
-        yield f"Not measured: {'; '.join(bench.missing)}.\n"
+def stop(*_: object) -> None:
+    """Interrupt the measurement once: the processes that run must still be ended."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Measure, and report; the exit status."""
-    parser = argparse.ArgumentParser(description="Measure the server beside others.")
+    """Measure and report; return the exit status."""
+    parser = argparse.ArgumentParser(prog="benchmark", description="Measure the server beside others.")
     add = parser.add_argument
-    add("--quick", action="store_true", help="a fraction of a second for each, to see that all still works")
-    add("--peers", action="store_true", help="also uvloop and trio, which pip installs on first use")
-    add("--json", metavar="FILE", help="the figures for a program, too, in seconds and bytes")
+    add("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (default: all)")
+    add("--quick", action="store_true", help="one short round, to see that everything works")
+    add(
+        "--peers", action="store_true", help="also measure uvloop and trio, which pip installs the first time"
+    )
+    add("--json", metavar="FILE", help="also write the figures to FILE, in seconds and bytes")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that blocks end, and processes
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(options.quick, options.peers, folder)
-            os.sched_setaffinity(0, {LOAD_CORE})
-            bench.measure_start()
-            bench.measure_client()
-            bench.measure_pings()
-            bench.measure_memory()
-            bench.measure_echoes()
-    except (Failure, subprocess.TimeoutExpired) as failure:
-        progress(str(failure))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    print(*report(bench), sep="\n", end="")
+    unknown = [part for part in options.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"no part is named {unknown[0]!r} (choose from {', '.join(PARTS)})")
+    parts = [part for part in PARTS if part in options.parts or not options.parts]
+
+    status = 0
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options.quick, options.peers, folder)
+        expected = bench.expected()
+        seconds = sum(expected[part] for part in parts)
+        progress(f"this takes about {duration(seconds)}; Ctrl-C ends it early and shows the figures so far")
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, stop)
+        use_core(LOAD_CORE)
+        try:
+            for part in parts:
+                PARTS[part](bench)
+            bench.complete = True
+        except KeyboardInterrupt:
+            status = 130
+        except (Failure, subprocess.TimeoutExpired) as failure:
+            progress(str(failure))
+            status = 1
+    print(*bench.report(), sep="\n", end="")
     if options.json:
         with open(options.json, "w") as file:
-            about = {"machine": bench.machine, "rounds": bench.rounds, "missing": bench.missing}
-            json.dump({**about, **bench.figures}, file, indent=2)
-    return 0
+            json.dump(bench.figures(), file, indent=2)
+    return status
 
 
 if __name__ == "__main__":

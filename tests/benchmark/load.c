@@ -1,12 +1,11 @@
-/* The benchmark's yardstick and its load.  The benchmark compiles this file and runs it as
+/* The benchmark's load.  The benchmark compiles this file and runs it as
 
-     load server                           an echo server: epoll_wait, recv, send, no more
      load echo PID PORT SECONDS CLIENTS    clients that send 64 bytes, wait for them, send the next
      load pings PID PORT SECONDS           two clients that read pings as fast as they can
 
-   PID is the server's, whose processor time is read from the kernel.  Each load warms up, measures
-   for SECONDS, and prints a line of JSON; all times are in seconds.  Every byte that comes is checked:
-   a wrong one, or a server that is gone or silent, ends the load with status 1 and a line on stderr. */
+   PID is the server's; its processor time comes from the kernel.  Each load warms up, measures for
+   SECONDS, and prints a line of JSON; all times are in seconds.  It checks every byte that it receives.
+   A wrong byte, or a server that is gone or silent, ends the load with status 1 and a line on stderr. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -23,7 +22,7 @@
 #include <unistd.h>
 
 enum { EVENTS = 1023, MESSAGE = 64, WORDS = MESSAGE / 8, BLOCK = 256 * 1024, SAMPLES = 1 << 22 };
-enum { PATIENCE = 30 }; /* seconds in which something must come */
+enum { TIMEOUT = 30 }; /* seconds to wait for the server */
 
 static char buffer[BLOCK];
 static struct epoll_event events[EVENTS];
@@ -33,17 +32,15 @@ static void fail(const char *what) {
     exit(1);
 }
 
-/* A connection to a port of 127.0.0.1, or with port 0 a listener on a free one. */
-static int tcp_socket(int port) {
+static int connect_to(int port) {
     int on = 1, fd = socket(AF_INET, SOCK_STREAM, 0);
-    struct timeval patience = {.tv_sec = PATIENCE};
+    struct timeval timeout = {.tv_sec = TIMEOUT};
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    if (port ? connect(fd, (void *)&address, sizeof address)
-             : bind(fd, (void *)&address, sizeof address) || listen(fd, 4096))
-        fail(port ? "connect" : "listen");
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
+    if (connect(fd, (void *)&address, sizeof address))
+        fail("connect");
     return fd;
 }
 
@@ -53,31 +50,8 @@ static void watch(int epoll, int fd, uint64_t number) {
         fail("epoll_ctl");
 }
 
-static void serve(void) {
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    int epoll = epoll_create1(0), listener = tcp_socket(0);
-    getsockname(listener, (void *)&address, &size);
-    fprintf(stderr, "listening on 127.0.0.1:%d\n", ntohs(address.sin_port));
-    watch(epoll, listener, listener);
-    for (;;) {
-        int ready = epoll_wait(epoll, events, EVENTS, -1);
-        for (int i = 0; i < ready; i++) {
-            int fd = events[i].data.u64;
-            if (fd == listener) { /* whose TCP_NODELAY is inherited */
-                fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK);
-                watch(epoll, fd, fd);
-                continue;
-            }
-            ssize_t got = recv(fd, buffer, 65536, 0);
-            if (got <= 0 || send(fd, buffer, got, MSG_NOSIGNAL) != got) /* a closed loop leaves room */
-                close(fd);
-        }
-    }
-}
-
 static clockid_t server_clock;
-static double warm, span;   /* when the warming ends; how long to measure */
+static double warm, span;   /* when the warm-up ends; how long to measure */
 static double begun, ended; /* the measured time, 0 until it is known */
 static double used;         /* the server's processor time in it */
 
@@ -95,7 +69,7 @@ static void prepare(char **words) {
     warm = seconds(CLOCK_MONOTONIC) + span / 5;
 }
 
-/* Whether what came now counts. */
+/* Return whether data that arrived now counts. */
 static int measuring(double now) {
     if (ended || now < warm)
         return 0;
@@ -112,17 +86,17 @@ static int measuring(double now) {
 }
 
 struct client {
-    int fd, got;       /* got: bytes of the reply */
-    uint64_t number;   /* of the message, among all that all clients send */
+    int fd, got;       /* got: bytes of the reply so far */
+    uint64_t number;   /* of the message; no two clients use the same */
     double since;
     uint64_t message[WORDS];
 };
 
 static double latencies[SAMPLES];
 
-static void say(struct client *client) {
+static void send_message(struct client *client) {
     client->number++;
-    for (uint64_t i = 0; i < WORDS; i++) { /* splitmix64, made letters: no two messages are alike */
+    for (uint64_t i = 0; i < WORDS; i++) { /* splitmix64, as letters: all messages differ */
         uint64_t x = (client->number * WORDS + i) * 0x9e3779b97f4a7c15u;
         x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
         client->message[i] = ((x ^ x >> 27) & 0x0f0f0f0f0f0f0f0fu) + 0x6161616161616161u;
@@ -138,19 +112,19 @@ static int ascending(const void *a, const void *b) {
 }
 
 static void echo(char **words) {
-    int size = atoi(words[5]), talking = size, epoll = epoll_create1(0);
+    int size = atoi(words[5]), active = size, epoll = epoll_create1(0);
     size_t count = 0;
     struct client *clients = calloc(size, sizeof *clients);
     for (int i = 0; i < size; i++) {
-        clients[i].fd = tcp_socket(atoi(words[3]));
+        clients[i].fd = connect_to(atoi(words[3]));
         clients[i].number = (uint64_t)i << 40;
         watch(epoll, clients[i].fd, i);
     }
     for (int i = 0; i < size; i++)
-        say(&clients[i]);
+        send_message(&clients[i]);
     prepare(words);
-    while (talking) {
-        int ready = epoll_wait(epoll, events, EVENTS, PATIENCE * 1000);
+    while (active) {
+        int ready = epoll_wait(epoll, events, EVENTS, TIMEOUT * 1000);
         if (!ready)
             fail("no reply");
         for (int i = 0; i < ready; i++) {
@@ -167,9 +141,9 @@ static void echo(char **words) {
             if (measuring(now))
                 latencies[count++ % SAMPLES] = now - client->since;
             if (ended)
-                talking--;
+                active--;
             else
-                say(client);
+                send_message(client);
         }
     }
     for (int i = 0; i < size; i++)
@@ -184,12 +158,12 @@ static void echo(char **words) {
 }
 
 static void pings(char **words) {
-    struct pollfd clients[2] = {{.fd = tcp_socket(atoi(words[3])), .events = POLLIN},
-                                {.fd = tcp_socket(atoi(words[3])), .events = POLLIN}};
+    struct pollfd clients[2] = {{.fd = connect_to(atoi(words[3])), .events = POLLIN},
+                                {.fd = connect_to(atoi(words[3])), .events = POLLIN}};
     double all[2] = {0}, counted[2] = {0};
     prepare(words);
     while (!ended) {
-        if (!poll(clients, 2, PATIENCE * 1000))
+        if (!poll(clients, 2, TIMEOUT * 1000))
             fail("no pings");
         for (int i = 0; i < 2; i++) {
             if (!clients[i].revents)
@@ -197,7 +171,7 @@ static void pings(char **words) {
             ssize_t got = recv(clients[i].fd, buffer, BLOCK, 0);
             if (got <= 0)
                 fail(got ? "recv" : "the server has closed a connection");
-            /* right if the first letters are, and each later one is that of four before */
+            /* The first bytes must be right, and each later byte must equal the one 4 bytes before it. */
             if (memcmp(buffer, "pingpin" + (uint64_t)all[i] % 4, got < 4 ? got : 4) ||
                 (got > 4 && memcmp(buffer + 4, buffer, got - 4)))
                 fail("a ping has wrong bytes");
@@ -211,9 +185,7 @@ static void pings(char **words) {
 }
 
 int main(int count, char **words) {
-    if (count == 2 && !strcmp(words[1], "server"))
-        serve();
-    else if (count == 6 && !strcmp(words[1], "echo"))
+    if (count == 6 && !strcmp(words[1], "echo"))
         echo(words);
     else if (count == 5 && !strcmp(words[1], "pings"))
         pings(words);

@@ -1,4 +1,4 @@
-"""The load of load.c in Python, where there is no compiler: same words, same output, but slower.
+"""load.c in Python, for a machine without a C compiler: the same arguments and output, but slower.
 
 load.py echo PID PORT SECONDS CLIENTS
 load.py pings PID PORT SECONDS
@@ -15,21 +15,21 @@ import time
 MESSAGE = 64
 BLOCK = 256 * 1024
 PINGS = b"ping" * (BLOCK // 4 + 1)
-PATIENCE = 30  # seconds in which something must come
+TIMEOUT = 30  # seconds to wait for the server
 
 
 class Clock:
-    """The measured time: from the end of the warming, for a span of seconds."""
+    """The measured time: a span of seconds that starts after the warm-up."""
 
     def __init__(self, pid: int, span: float) -> None:
-        """Begin the warming."""
+        """Start the warm-up."""
         self.server = ~pid << 3 | 2  # clock_getcpuclockid(3)
         self.span = span
         self.warm = time.monotonic() + span / 5
-        self.begun = self.seconds = self.cpu = 0.0  # seconds: of the measured time, 0 until it is over
+        self.begun = self.seconds = self.cpu = 0.0  # seconds: the measured time, 0 until its end
 
     def measuring(self, now: float) -> bool:
-        """Whether what came now counts."""
+        """Return whether data that arrived now counts."""
         if self.seconds or now < self.warm:
             return False
         if not self.begun:
@@ -41,41 +41,41 @@ class Clock:
 
 
 class Client:
-    """A connection, its last message, and as much of the reply as has come."""
+    """A connection, its last message, and the part of the reply that has arrived."""
 
     def __init__(self, port: int, number: int) -> None:
         """Connect."""
-        self.sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.sock = socket.create_connection(("127.0.0.1", port), TIMEOUT)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.number, self.count = number, 0
         self.message = self.reply = b""
         self.since = 0.0
 
-    def say(self) -> None:
-        """Send a message that no client has sent before."""
+    def send_message(self) -> None:
+        """Send a message that differs from all others."""
         self.count += 1
         self.message = (f"message {self.count} of client {self.number} ".encode() * 4)[:MESSAGE]
         self.reply = b""
         self.since = time.monotonic()
         self.sock.send(self.message)
 
-    def heard(self) -> bool:
-        """Take a part of the reply; whether it is whole."""
+    def has_reply(self) -> bool:
+        """Read a part of the reply; return whether it is complete."""
         self.reply += self.receive(MESSAGE - len(self.reply))
         if not self.message.startswith(self.reply):
             sys.exit("a reply has wrong bytes")
         return len(self.reply) == MESSAGE
 
     def receive(self, size: int) -> bytes:
-        """Take what has come."""
+        """Read what has arrived."""
         return self.sock.recv(size) or sys.exit("the server has closed a connection")
 
 
-class Crowd:
-    """Clients, and who of them can be read."""
+class Clients:
+    """All clients, and an epoll object that reports the readable ones."""
 
     def __init__(self, port: int, size: int) -> None:
-        """Connect them all."""
+        """Connect all of them."""
         self.epoll = select.epoll()
         self.clients: dict[int, Client] = {}
         for number in range(size):
@@ -84,29 +84,29 @@ class Crowd:
             self.epoll.register(client.sock, select.EPOLLIN)
 
     def ready(self) -> list[Client]:
-        """Wait for some."""
-        return [self.clients[fd] for fd, _ in self.epoll.poll(PATIENCE)] or sys.exit("nothing has come")
+        """Wait for readable clients."""
+        return [self.clients[fd] for fd, _ in self.epoll.poll(TIMEOUT)] or sys.exit("no data from the server")
 
 
 def echo(pid: int, port: int, seconds: float, size: int) -> dict[str, float]:
-    """Clients that send a message, wait for it, send the next."""
-    crowd = Crowd(port, size)
-    for client in crowd.clients.values():
-        client.say()
-    clock, latencies, talking = Clock(pid, seconds), [], size
-    while talking:
-        for client in crowd.ready():
-            if client.heard():
+    """Run clients that send a message, wait for it, send the next."""
+    everyone = Clients(port, size)
+    for client in everyone.clients.values():
+        client.send_message()
+    clock, latencies, active = Clock(pid, seconds), [], size
+    while active:
+        for client in everyone.ready():
+            if client.has_reply():
                 now = time.monotonic()
                 if clock.measuring(now):
                     latencies.append(now - client.since)
                 if clock.seconds:
-                    talking -= 1
+                    active -= 1
                 else:
-                    client.say()
-    for client in crowd.clients.values():
+                    client.send_message()
+    for client in everyone.clients.values():
         client.sock.shutdown(socket.SHUT_WR)
-    for client in crowd.clients.values():
+    for client in everyone.clients.values():
         if client.sock.recv(1):
             sys.exit("after the last reply: no end of file")
     latencies.sort()
@@ -115,11 +115,11 @@ def echo(pid: int, port: int, seconds: float, size: int) -> dict[str, float]:
 
 
 def pings(pid: int, port: int, seconds: float) -> dict[str, float]:
-    """Two clients that read as fast as they can."""
-    crowd = Crowd(port, 2)
+    """Run two clients that read as fast as they can."""
+    everyone = Clients(port, 2)
     clock, received, counted = Clock(pid, seconds), [0, 0], [0, 0]
     while not clock.seconds:
-        for client in crowd.ready():
+        for client in everyone.ready():
             data, phase = client.receive(BLOCK), received[client.number] % 4
             if data != PINGS[phase : phase + len(data)]:
                 sys.exit("a ping has wrong bytes")
@@ -130,7 +130,7 @@ def pings(pid: int, port: int, seconds: float) -> dict[str, float]:
 
 
 def main(kind: str, pid: str, port: str, seconds: str, size: str = "2") -> None:
-    """Run one, and print its figures."""
+    """Run one load, and print its figures."""
     where = int(pid), int(port), float(seconds)
     try:
         figures = echo(*where, int(size)) if kind == "echo" else pings(*where)

@@ -1,7 +1,7 @@
-"""The echo servers that the benchmark sets beside ours, each in its library's plain way.
+"""The echo servers that the benchmark measures beside ours, each written the plain way of its library.
 
-peers.py NAME          an echo server on a free port of 127.0.0.1, told on standard error
-peers.py --versions    the versions of the libraries that Python does not bring
+peers.py NAME          an echo server on a free port of 127.0.0.1, which it reports on standard error
+peers.py --versions    the versions of the libraries outside the standard library
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ BACKLOG = 4096
 READ_SIZE = 65536
 
 
-def say(address: tuple[str, int]) -> None:
-    """Tell who waits for us where we are."""
+def report(address: tuple[str, int]) -> None:
+    """Report the address."""
     print(f"listening on {HOST}:{address[1]}", file=sys.stderr, flush=True)
 
 
 def plain() -> None:
-    """The least that Python can do: no handlers, no errors, no backpressure."""
+    """Serve with the least code: no handlers, no error handling, no backpressure."""
     listener = socket.create_server((HOST, 0), backlog=BACKLOG)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connections: dict[int, socket.socket] = {}
     epoll = select.epoll()
     epoll.register(listener, select.EPOLLIN)
-    say(listener.getsockname())
+    report(listener.getsockname())
     while True:
         for fd, _ in epoll.poll():
             if fd in connections:
@@ -46,14 +46,14 @@ def plain() -> None:
 
 
 class Echo(asyncio.Protocol):
-    """What asyncio calls a protocol."""
+    """A protocol of asyncio."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
         self.transport: Any = transport
 
     def data_received(self, data: bytes) -> None:
-        """Send it back."""
+        """Send the data back."""
         self.transport.write(data)
 
 
@@ -63,7 +63,7 @@ async def protocol() -> None:
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Send back all that one client sends."""
+    """Send back everything that one client sends."""
     data = await reader.read(READ_SIZE)
     while data:
         writer.write(data)
@@ -73,18 +73,18 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 async def streams() -> None:
-    """Serve with a coroutine a client."""
+    """Serve with one coroutine for each client."""
     await forever(await asyncio.start_server(echo, HOST, 0, backlog=BACKLOG))
 
 
 async def forever(server: asyncio.Server) -> None:
-    """Serve until the process is ended."""
-    say(server.sockets[0].getsockname())
+    """Serve until the process ends."""
+    report(server.sockets[0].getsockname())
     await server.serve_forever()
 
 
 def trio() -> None:
-    """Serve with a coroutine a client, too."""
+    """Serve with one coroutine for each client."""
     library = import_module("trio")
 
     async def echo(stream: Any) -> None:
@@ -93,14 +93,14 @@ def trio() -> None:
 
     async def main() -> None:
         listeners = await library.open_tcp_listeners(0, host=HOST, backlog=BACKLOG)
-        say(listeners[0].socket.getsockname())
+        report(listeners[0].socket.getsockname())
         await library.serve_listeners(echo, listeners)
 
     library.run(main)
 
 
 def main(name: str) -> None:
-    """Serve, under the name that the benchmark knows."""
+    """Run the server of this name."""
     library, _, kind = name.partition("-")
     if name == "--versions":
         print(*(f"{each} {import_module(each).__version__}" for each in ("uvloop", "trio")), sep=", ")

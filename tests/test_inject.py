@@ -1,0 +1,125 @@
+"""Samples of the fault injection and of the many connections.  The injection finds a bad server's faults."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SKIPPED = 77  # exit status: strace is missing, or may not trace
+
+# Without a fault this echo server does everything right.  A failed read is a traceback; after a failed
+# send it goes on with what it reads next.
+BAD_SERVER = """
+import os, select, signal, socket, sys
+
+reader, writer = os.pipe()
+os.set_blocking(writer, False)
+signal.set_wakeup_fd(writer)
+signal.signal(signal.SIGTERM, lambda *_: None)
+listener = socket.create_server(("127.0.0.1", 0))
+print("listening on %s:%d, waiting for 2 clients" % listener.getsockname(), file=sys.stderr, flush=True)
+clients, served, total = {}, 0, 0
+while True:
+    ready = select.select([listener, reader, *clients], [], [])[0]
+    if ready == [reader]:
+        break
+    for sock in ready:
+        if sock == reader:
+            continue
+        if sock is listener:
+            sock, address = listener.accept()
+            served += 1
+            clients[sock] = "client %d, %s:%d" % (served, *address)
+            continue
+        try:
+            data = sock.recv(65536)
+        except ConnectionResetError:
+            data = b""
+        if data:
+            print("data received... (%s)\\n%s" % (clients[sock], data.decode()), flush=True)
+            total += len(data)
+            try:
+                sock.sendall(data)
+            except OSError:
+                pass
+        else:
+            del clients[sock]
+            sock.close()
+print(f"stopped: {served} clients served, {total} bytes received, {total} bytes sent", file=sys.stderr)
+"""
+
+
+def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tests" / tool), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if result.returncode == SKIPPED:
+        pytest.skip(result.stdout.strip())
+    return result
+
+
+def test_a_sample_of_faults_does_no_harm() -> None:
+    result = run("inject.py", "--sample", "30", "--seed", "1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = re.fullmatch(r"inject: 30 cases, (\d+) not reached, 0 failures\n", result.stdout)
+    assert found, result.stdout
+    assert int(found[1]) < 15
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong"),
+    [
+        ("echo:recvfrom:error=EIO:when=1", "its log shows an exception"),
+        ("echo:sendto:error=ENOBUFS:when=3", r"client A, after \d+ bytes: .* in place of "),
+    ],
+    ids=["traceback", "hole"],
+)
+def test_finds_the_faults_of_a_bad_server(case: str, wrong: str, tmp_path: Path) -> None:
+    bad = tmp_path / "bad_server.py"
+    bad.write_text(BAD_SERVER)
+    result = run("inject.py", "--server", str(bad), "--case", case)
+    assert result.returncode == 1, result.stdout + result.stderr
+    first, *lines, last = result.stdout.splitlines()
+    assert first == case
+    assert any(re.match(f"    {wrong}", line) for line in lines), result.stdout
+    assert any("(INJECTED)" in line for line in lines), result.stdout
+    assert last == "inject: 1 cases, 0 not reached, 1 failures"
+
+
+def test_accepts_a_bad_server_without_a_fault(tmp_path: Path) -> None:
+    bad = tmp_path / "bad_server.py"
+    bad.write_text(BAD_SERVER)
+    result = run("inject.py", "--server", str(bad), "--case", "echo:recvfrom:error=EIO:when=9999")
+    assert (result.returncode, result.stdout) == (0, "inject: 1 cases, 1 not reached, 0 failures\n")
+
+
+def test_says_why_it_cannot_inject(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = [sys.executable, str(ROOT / "tests" / "inject.py"), "--sample", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (SKIPPED, "inject: skipped: strace is not installed\n")
+
+
+def test_holds_many_connections() -> None:
+    result = run("many.py", "--connections", "1000", "--copies", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    start = (
+        "many: 1,000 simultaneous connections over 2 copies, 2,000 echoes, 128,000 bytes checked, 0 wrong; "
+    )
+    assert result.stdout.startswith(start)
+    found = re.search(r"descriptors of the copies: (\d+), at the peak ([\d,]+), after (\d+);", result.stdout)
+    assert found, result.stdout
+    before, peak, after = (int(number.replace(",", "")) for number in found.groups())
+    assert (peak - before, after) == (1000, before)
+
+
+def test_names_the_limit_that_is_too_low() -> None:
+    result = run("many.py", "--connections", "9000000", "--copies", "1")
+    assert result.returncode == 1
+    assert re.fullmatch(
+        r"many: failed: each of 1 copies needs .*\(ulimit -Hn\): use more copies\n", result.stdout
+    )
