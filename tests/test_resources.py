@@ -664,6 +664,24 @@ def test_an_idle_client_is_probed_after_a_minute(start: Start, options: Any) -> 
     assert 50 < seconds <= 61
 
 
+@pytest.mark.parametrize("options", MODES)
+def test_a_peer_that_vanished_gives_its_seat_back(start: Start, failing: Failing, options: Any) -> None:
+    server = start(*options, program=failing.program())
+    waiting = server.seat()
+    failing.fail("recv", errno.ETIMEDOUT, "client")  # what the kernel reports after its last probe
+    waiting.sendall(b"x")
+    server.err.wait_for(
+        r"^client 1 was lost \(Connection timed out\): .*, not counted as a client, 0 of 2 seats taken$"
+    )
+    served, other = server.seat(), server.seat()
+    server.err.wait_for("^serving 2 clients$")
+    failing.fail("read", errno.ETIMEDOUT, f"client {port_of(served)}")
+    served.sendall(b"x")
+    server.err.wait_for(r"^client 2 was lost \(Connection timed out\): .*, 1 of 2 seats taken$")
+    other.sendall(b"ping")
+    assert read_exactly(other, 4) == b"ping"
+
+
 # ---------------------------------------------------------------- a stop loses nothing
 
 

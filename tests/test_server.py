@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -774,6 +775,45 @@ def test_the_address_to_listen_on(start: Start, host: str, name: str, reached: A
         with socket.create_connection((address, server.port), DEADLINE) as client:
             assert read_exactly(client, 4) == b"ping"
             server.err.wait_for(rf"connected from {re.escape(name_of(client.getsockname(), host))}, ")
+
+
+@pytest.mark.parametrize("host", ["[::1]", "[127.0.0.1]"])
+def test_an_address_as_it_is_printed(start: Start, host: str) -> None:
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    server = start("--host", host)
+    shown = host if ":" in host else "127.0.0.1"
+    assert server.err.text.startswith(f"listening on {shown}:{server.port}, ")
+
+
+ADDRESSES = """
+addresses = {addresses}
+def getaddrinfo(host, port, *arguments, **options):
+    assert host in (b"example.test", "example.test")
+    return [(server.socket.AF_INET, 1, 6, "", (address, port)) for address in addresses]
+real = server.socket
+class Module:
+    def __getattr__(self, name):
+        return getaddrinfo if name == "getaddrinfo" else getattr(real, name)
+server.socket = Module()
+"""
+
+
+def test_each_address_of_a_host_is_tried(start: Start, failing: Failing) -> None:
+    program = failing.program(ADDRESSES.format(addresses=["192.0.2.1", "127.0.0.3"]))
+    server = start("--host", "example.test", program=program)
+    assert server.err.text.startswith("listening on 127.0.0.3:")
+    first, second = server.seat(), server.seat()
+    assert is_pings(read_exactly(first, 4) + read_exactly(second, 4))
+
+
+def test_a_host_with_no_usable_address_names_the_first_reason(failing: Failing) -> None:
+    failing.fail("bind", errno.EACCES)
+    program = failing.program(ADDRESSES.format(addresses=["127.0.0.3", "192.0.2.1"]))
+    command = [sys.executable, program, "--port", "0", "--host", "example.test"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "cannot listen on example.test:0: Permission denied\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
