@@ -853,7 +853,8 @@ WINDOWS = (
     f"{MACOS}; import signal; sys.platform = 'win32'; real = select.select;"
     " select.select = lambda *sets: real(*[[sock.fileno() for sock in some] for some in sets[:3]], *sets[3:])"
     " and real(*sets); del signal.SIGHUP, signal.SIGCONT, os.get_blocking, os.O_NONBLOCK, os.O_NOCTTY,"
-    " select.PIPE_BUF; sys.modules.pop('client', None); import client"
+    " select.PIPE_BUF; sys.modules.pop('client', None); import client;"
+    " sys.platform = 'linux'"
 )
 
 
