@@ -905,7 +905,8 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
     stdout = None if options.quiet else sys.stdout
     messages = attempt("use standard output", Output, loop, stdout, "standard output")
     log = attempt("use standard error", Output, loop, sys.stderr, "standard error")
-    if messages.open and log.open and os.path.sameopenfile(messages.descriptor, log.descriptor):
+    same = messages.open and log.open and (messages.descriptor, log.descriptor)
+    if same and attempt("compare the outputs", os.path.sameopenfile, *same):
         log = messages  # two queues would write into the middle of each other's lines
     server = Server(loop, options, protocol, messages, log)
     address = name_of(attempt("read the listener's address", server.listener.getsockname))
