@@ -125,7 +125,8 @@ def test_many_clients_cost_little(start: Start) -> None:
         clients = [server.connect() for _ in range(many - 1)]
         server.err.wait_for(f"^client {many} connected")
         server.settled()
-        assert server.status("VmRSS") - memory < 15_000 * many / 10_000, "kB"
+        limit = 15_000 if sys.version_info >= (3, 11) else 25_000  # a generator's frame has become smaller
+        assert server.status("VmRSS") - memory < limit * many / 10_000, "kB"
         for client in clients[::1000]:
             client.sendall(b"hello")
             assert read_exactly(client, 5) == b"hello"
@@ -331,9 +332,21 @@ def test_missed_beats_are_skipped_and_the_schedule_is_kept(start: Start) -> None
     gap = pauses.index(max(pauses))
     assert max(pauses) > every * 4.5
     assert sum(pauses[gap + 1 : gap + 4]) > every * 2, "no burst follows"
-    late = [(time - times[0] + 0.002) % every for time in times[gap + 2 :]]
-    assert min(late) < every / 4, "the beats keep to the schedule of the first one"
-    assert sum(seconds < every * 0.8 for seconds in late) >= len(late) * 0.8, "they are not early"
+    off = [(time - times[0] + every / 2) % every - every / 2 for time in times[gap + 2 :]]
+    off = sorted(map(abs, off))
+    assert off[len(off) // 3] < every / 4, "the beats keep to the schedule of the first one"
+
+
+def test_an_output_that_is_drained_is_no_beat(start: Start, failing: Failing) -> None:
+    program = failing.program("server.OUTPUT_LIMIT = 10_000")
+    server = start("--every", "3600", "--wait-for", "1", program=program, paused=True)
+    client = server.seat()
+    client.sendall(b"x" * 200_000)  # more than a pipe and the queue hold
+    server.settled()
+    assert server.out is not None
+    server.out.going.set()
+    eventually(lambda: server.out.data.count(b"x") == 200_000, "all of it is shown")  # type: ignore[union-attr]
+    assert server.stop().endswith(" 200,000 bytes received, 1 ping sent\n")
 
 
 def test_a_client_at_its_end_of_file_gets_no_more_beats(start: Start) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import select
 import signal
 import socket
 import subprocess
@@ -44,15 +43,9 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(start: Start, numb
 
 def send_until_it_ends(process: subprocess.Popen[Any], *numbers: int) -> None:
     """Send the signals again and again, until the process has ended; do not reap it before."""
-    descriptor = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None
-    end = select.poll()
-    if descriptor is None:
-        pytest.skip("Python 3.8 has no pidfd_open")
-    end.register(descriptor)
-    while not end.poll(0):
+    while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         for number in numbers:
             os.kill(process.pid, number)
-    os.close(descriptor)
 
 
 @pytest.mark.parametrize("status", [0, 1])
