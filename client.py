@@ -213,7 +213,6 @@ class Conversation:
         self.row = ""  # what the last row of the terminal holds: nothing, PROMPT or DATA
         sock.setblocking(False)
         self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
-        self.wakeup.setblocking(False)
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
         handle_stop_signals(self.stop)

@@ -85,7 +85,7 @@ NETWORK_ERRORS = (
     "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH ENOTSUP ENETUNREACH"
 )
 MESSAGE_TITLE = "data received..."
-OUT_OF_MEMORY = b"out of memory: the server cannot continue\n"
+OUT_OF_MEMORY = b"out of memory: the server cannot continue"
 
 
 class CannotContinue(Exception):
@@ -99,7 +99,7 @@ def count(number: int, noun: str) -> str:
 
 def why(error: BaseException) -> str:
     """Return why a call failed, in the system's words if it has any: `No space left on device`."""
-    return getattr(error, "strerror", None) or str(error) or repr(error)
+    return getattr(error, "strerror", None) or repr(error)
 
 
 def name_of(address: Any) -> str:
@@ -491,7 +491,9 @@ class Server:
         try:
             client.sock.setblocking(False)
             while not self.serving and not client.at_eof:  # what the client sends waits in the kernel
-                yield 0 if client.has_data() else EPOLLIN
+                has_data = client.has_data()
+                if not client.at_eof:
+                    yield 0 if has_data else EPOLLIN
             if not client.at_eof:  # else it is a port probe: it connects, sends nothing and closes
                 yield from self.protocol(client)
         except MemoryError:
@@ -892,7 +894,7 @@ def main(protocol: Protocol = flood) -> None:
     except CannotContinue as failure:
         sys.exit(str(failure))
     except MemoryError:
-        write(2, OUT_OF_MEMORY)
+        write(2, OUT_OF_MEMORY + b"\n")
         os._exit(1)  # Python's own exit could need memory
 
 
@@ -926,9 +928,10 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
         if not (messages.failure and select([signals], [], [], SIGNAL_TIMEOUT)[0]):
             failure = str(error)
     except MemoryError:
-        failure = OUT_OF_MEMORY.decode().rstrip()
+        failure = OUT_OF_MEMORY.decode()
     handle_signals(signal.SIG_IGN)  # a second one does not change the exit status
-    server.finish()
+    if failure != OUT_OF_MEMORY.decode():
+        server.finish()
     log.write(f"{failure or server.summary()}\n")
     messages.drain()
     if messages.lost and not failure:

@@ -46,7 +46,7 @@ from pathlib import Path
 from select import select
 from typing import BinaryIO, Callable, Iterator, NamedTuple
 
-from soak import HEADER, STOPPED, Wrong, differ, numbers
+from soak import HEADER, STOPPED, Loss, compare, numbers
 
 MODES = {"flood": [], "echo": ["--echo"], "every": ["--every", "0.02"]}
 SIGNALS = "SIGTERM", "SIGINT"
@@ -249,7 +249,7 @@ class Client:
         if not data:
             raise EOFError
         due = self.words[self.got : self.sent] if self.echo else PINGS[self.got % 4 :]
-        differ(f"client {self.name}, after {self.got} bytes", data, due[: len(data)])
+        compare(f"client {self.name}, after {self.got} bytes", data, due[: len(data)])
         self.got += len(data)
 
     def talk(self, size: int, pings: int) -> None:
@@ -269,7 +269,7 @@ class Client:
             self.end = "stuck"
         except OSError:
             self.end = "reset"
-        except Wrong as wrong:
+        except Loss as wrong:
             self.run.wrongs.append(str(wrong))
             self.end = "wrong"
         self.sock.close()
@@ -335,7 +335,7 @@ class Run:
             self.clients = {name: Client(self, name) for name in "ABC"}
             try:
                 self.serve()
-            except Wrong as wrong:
+            except Loss as wrong:
                 self.wrongs.append(str(wrong))
             self.stop()
             self.traced()
@@ -373,7 +373,7 @@ class Run:
         end = time.monotonic() + 3 * DEADLINE
         while not condition():
             if time.monotonic() > end:
-                raise Wrong(f"did not happen: {what}")
+                raise Loss(f"did not happen: {what}")
             time.sleep(0.002)
 
     def is_dead(self) -> bool:
@@ -533,8 +533,8 @@ class Run:
         for name, client in self.clients.items():
             text = shown[str(client.port)]
             try:
-                differ(f"shown of client {name}", text, client.words[: min(client.sent, len(text))].decode())
-            except Wrong as wrong:
+                compare(f"shown of client {name}", text, client.words[: min(client.sent, len(text))].decode())
+            except Loss as wrong:
                 self.wrongs.append(str(wrong))
             if summary and not struck and not self.case.is_signal and len(text) != client.sent:
                 self.wrongs.append(f"shown of client {name}: {len(text)} of {client.sent} bytes")
@@ -555,7 +555,7 @@ def measure(script: str, mode: str) -> Plain:
     run.judge()
     if run.wrongs:
         err = run.err.result().decode(errors="replace")
-        raise Wrong(f"{mode}, without a fault: {'; '.join(run.wrongs)}\n{err}")
+        raise Loss(f"{mode}, without a fault: {'; '.join(run.wrongs)}\n{err}")
     calls: Counter[str] = Counter()
     starting: Counter[str] = Counter()
     for line in run.lines:
@@ -667,7 +667,7 @@ def main() -> int:
     except Skip as reason:
         print(f"inject: skipped: {reason}")
         return SKIP
-    except Wrong as wrong:
+    except Loss as wrong:
         print(f"inject: {wrong}")
         return 1
 

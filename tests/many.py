@@ -30,7 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Callable, Iterable, Iterator, NamedTuple
 
-from soak import LISTENING, STOPPED, Wrong, numbers
+from soak import LISTENING, STOPPED, Loss, numbers
 
 SIZE = 64  # bytes of one echo
 WINDOW = 128  # echoes in flight in each process of clients: more could overflow a backlog
@@ -67,7 +67,7 @@ def eventually(condition: Callable[[], object], what: str) -> None:
     end = time.monotonic() + DEADLINE
     while not condition():
         if time.monotonic() > end:
-            raise Wrong(f"did not happen: {what}")
+            raise Loss(f"did not happen: {what}")
         time.sleep(0.005)
 
 
@@ -86,7 +86,7 @@ class Copy:
         eventually(lambda: self.lines or self.process.poll() is not None, "a copy listens")
         found = LISTENING.search(self.text)
         if not found:
-            raise Wrong(f"a copy does not listen: {self.text}")
+            raise Loss(f"a copy does not listen: {self.text}")
         self.port = int(found[1])
 
     @property
@@ -109,7 +109,7 @@ class Copy:
         self.reader.join(DEADLINE)
         found = STOPPED.search(self.text)
         if status or not found:
-            raise Wrong(f"a copy has ended with status {status}: {self.text}")
+            raise Loss(f"a copy has ended with status {status}: {self.text}")
         return numbers(*found.groups())
 
 
@@ -152,7 +152,7 @@ def echo(process: int, turn: int, descriptors: Iterable[int], poll: select.epoll
         for descriptor, _ in ready:
             data, due = os.read(descriptor, 4096), waiting.get(descriptor, b"")
             if not data or not due.startswith(data):
-                raise Wrong(f"an echo of {due!r} is {data!r}")
+                raise Loss(f"an echo of {due!r} is {data!r}")
             waiting[descriptor] = due[len(data) :]
             if not waiting[descriptor]:
                 del waiting[descriptor]
@@ -168,7 +168,7 @@ def clients(process: int, count: int, orders: Connection) -> None:
         try:
             held = echo(process, turn, held or connections(process, port, count, poll), poll)
             orders.send("")
-        except Wrong as wrong:
+        except Loss as wrong:
             orders.send(str(wrong))
         except OSError as error:
             number = errno.EAGAIN if isinstance(error, socket.timeout) else error.errno or 0
@@ -210,7 +210,7 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
     count = options.connections
     too_low = limit(count, options.copies, files)
     if too_low:
-        raise Wrong(too_low)
+        raise Loss(too_low)
 
     number = max(os.cpu_count() or 1, math.ceil(count / (files - SPARE_FILES)))
     context = multiprocessing.get_context("fork")
@@ -238,7 +238,7 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
             if wrong:
                 dead = [copy.text for copy in copies if copy.process.poll() is not None]
                 held = state_of([copy for copy in copies if copy.process.poll() is None]).files - before.files
-                raise Wrong(f"with {held:,} connections: {wrong}" + "; a copy has ended: ".join(["", *dead]))
+                raise Loss(f"with {held:,} connections: {wrong}" + "; a copy has ended: ".join(["", *dead]))
         return time.monotonic() - start
 
     before = state_of(copies)
@@ -250,9 +250,9 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
     after = state_of(copies)
     served, received, sent = map(sum, zip(*(copy.stop() for copy in copies)))
     if peak.files - before.files != count:
-        raise Wrong(f"the copies held {peak.files - before.files:,} connections at the peak")
+        raise Loss(f"the copies held {peak.files - before.files:,} connections at the peak")
     if (served, received, sent) != (count, 2 * SIZE * count, 2 * SIZE * count):
-        raise Wrong(f"the copies served {served:,} clients, received {received:,} and sent {sent:,} bytes")
+        raise Loss(f"the copies served {served:,} clients, received {received:,} and sent {sent:,} bytes")
     used = before.available - peak.available
     return (
         f"{count:,} simultaneous connections over {options.copies:,} copies, {2 * count:,} echoes,"
@@ -281,7 +281,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         try:
             print(f"many: {many(options, stack)}")
-        except (Wrong, OSError) as error:
+        except (Loss, OSError) as error:
             print(f"many: failed: {error}")
             return 1
         except KeyboardInterrupt:

@@ -307,6 +307,29 @@ def test_raw_is_untouched_and_counts_nothing(launch: Launch, stdin: Any, stdout:
     assert client.shown() == data
 
 
+def test_an_input_that_cannot_be_read_is_said(launch: Launch) -> None:
+    with open(os.devnull, "wb") as write_only:
+        client = launch(stdin=write_only)
+    assert client.answer(b"ping") == b""
+    reason = "standard input cannot be read: Bad file descriptor"
+    assert client.line() == f"{reason}; sent 0 messages, 0 bytes; received 1 ping"
+
+
+def test_an_input_that_another_program_has_read_is_waited_for(launch: Launch) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    steal = "read = os.read; os.read = lambda *how: (setattr(os, 'read', read), read(*how), read(*how))[-1]"
+    client = launch(stdin=reader, before=steal)
+    os.write(writer, b"stolen\n")
+    client.settled()
+    os.write(writer, b"hello\n")
+    assert read_exactly(client.server, 6) == b"hello\n"
+    for descriptor in (reader, writer):
+        os.close(descriptor)
+    client.answer(b"")
+    client.ended(0)
+
+
 def test_a_closed_output_is_no_failure(launch: Launch) -> None:
     client = launch("x", redirect=">&-")
     assert client.answer(b"pinghello") == b"x\n"
@@ -325,9 +348,22 @@ def test_a_reader_that_leaves_is_said(start: Start, launch: Launch) -> None:
 
 def test_a_full_output_is_said(launch: Launch) -> None:
     with open("/dev/full", "wb") as output:
-        client = launch("x", stdout=output)
-    client.answer(b"hello")
-    assert "output" in client.line()
+        client = launch(stdin=PIPE, stdout=output)
+    client.server.sendall(b"hello")
+    assert read_all(client.server) == b""  # and the server need not close
+    assert client.line().startswith("standard output can no longer be written: No space left on device; sent")
+
+
+def test_ctrl_c_that_also_ends_the_reader_is_no_failure(launch: Launch) -> None:
+    reader, writer = os.pipe()
+    client = launch(stdin=PIPE, stdout=writer, before="client.GRACE = 1000")
+    os.close(writer)
+    os.close(reader)
+    client.server.sendall(b"hello")
+    assert read_all(client.server) == b""
+    client.process.send_signal(signal.SIGINT)
+    assert client.answer(b"") == b""
+    assert client.line(0) == "sent 0 messages, 0 bytes; received 0 pings, 5 other bytes"
 
 
 def test_an_output_that_does_not_block_is_waited_for(launch: Launch) -> None:
@@ -366,7 +402,7 @@ def test_a_dialogue(launch: Launch) -> None:
     assert client.screen.rows() == [*first, *second, summary]
 
 
-def test_what_is_being_typed_stays_on_the_screen(start: Start, launch: Launch) -> None:
+def test_what_is_being_typed_stays_on_the_screen(launch: Launch) -> None:
     client = launch(stdin=TTY, stdout=TTY, stderr=TTY, before=IMPATIENT)
     client.messages(r"\A> \Z")
     client.type(b"hel")
@@ -375,6 +411,29 @@ def test_what_is_being_typed_stays_on_the_screen(start: Start, launch: Launch) -
     client.messages(r"\A> hel\nnews\n> \Z")
     client.type(b"lo\n")
     assert read_exactly(client.server, 6) == b"hello\n"
+    client.type(b"\4")
+    client.answer(b"")
+    client.ended(0)
+
+
+def test_pings_answer_a_line_at_once(launch: Launch) -> None:
+    client = launch(stdin=TTY, stdout=TTY, before="client.SILENCE = 1000")
+    client.type(b"hello\n")
+    assert read_exactly(client.server, 6) == b"hello\n"
+    client.server.sendall(b"ping")
+    client.messages(r"^(> )?1 ping so far\n> \Z")
+    client.type(b"\4")
+    client.answer(b"")
+    client.ended(0)
+
+
+def test_pings_are_not_counted_where_there_are_none(launch: Launch) -> None:
+    """A server that sends lines, but none for this one: a chat."""
+    client = launch(stdin=TTY, stdout=TTY)
+    client.server.sendall(b"news\n")
+    client.messages(r"^news\n> \Z")
+    client.type(b"hello\n")
+    client.messages(r"^> hello\n> \Z")
     client.type(b"\4")
     client.answer(b"")
     client.ended(0)
@@ -543,6 +602,25 @@ def test_a_signal_that_is_sent_twice_is_one_signal(launch: Launch) -> None:
         client.process.send_signal(signal.SIGTERM)
     assert client.answer(b"ping") == b""
     assert client.line(0) == "sent 1 message, 2 bytes; received 1 ping"
+
+
+def test_what_a_signal_leaves_unsent_is_said(launch: Launch) -> None:
+    with open("/dev/zero", "rb") as endless:
+        client = launch(stdin=endless)
+    client.settled()  # the sockets are full
+    client.process.send_signal(signal.SIGTERM)
+    assert re.match(
+        r"not everything was sent; sent 0 messages, [\d,]+ bytes; received 0 pings$", client.line()
+    )
+
+
+def test_a_signal_is_not_answered_like_a_line(launch: Launch) -> None:
+    client = launch(stdin=TTY, before="client.SILENCE = 1000")
+    client.type(b"hello\n")
+    assert read_exactly(client.server, 6) == b"hello\n"
+    client.process.send_signal(signal.SIGINT)
+    assert client.answer(b"ping") == b""
+    assert client.ended(0) == "> \nsent 1 message, 6 bytes; received 1 ping\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -775,7 +853,8 @@ WINDOWS = (
     f"{MACOS}; import signal; sys.platform = 'win32'; real = select.select;"
     " select.select = lambda *sets: real(*[[sock.fileno() for sock in some] for some in sets[:3]], *sets[3:])"
     " and real(*sets); del signal.SIGHUP, signal.SIGCONT, os.get_blocking, os.O_NONBLOCK, os.O_NOCTTY,"
-    " select.PIPE_BUF; sys.modules.pop('client', None); import client"
+    " select.PIPE_BUF; sys.modules.pop('client', None); import client;"
+    " sys.platform = 'linux'"
 )
 
 

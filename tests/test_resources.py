@@ -568,9 +568,7 @@ def test_no_traceback_however_little_memory_there_is(kind: str) -> None:
         assert result.returncode == 1, (megabytes, result)
         return result.stderr
 
-    least = next(
-        size for size in range(4, 100) if run(size, "-c", "import argparse, socket, signal").returncode == 0
-    )
+    least = next(size for size in range(4, 100) if run(size, SERVER, "--help").returncode == 0)
     with ThreadPoolExecutor(2) as pool:
         texts = list(pool.map(serve, range(least, least + 8)))
     for text in texts:
