@@ -324,9 +324,11 @@ def escape(line: str) -> str:
     """
 
     def is_visible(character: str) -> bool:
+        """Return whether it is one printable character and no space."""
         return character.isprintable() and character.strip() != ""
 
     def escaped(found: re.Match[str]) -> str:
+        """Return the character, or its escape."""
         character, code, at = found[0], ord(found[0]), found.start()
         joins = character in JOINERS and is_visible(line[at - 1 : at]) and is_visible(line[at + 1 : at + 2])
         if joins or character.isprintable():

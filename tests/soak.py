@@ -168,10 +168,11 @@ class Client:
         while self.sent < len(self.data) or (self.received < size and not self.at_eof):
             readers, writers = [self.sock] * reading, [self.sock] * (self.sent < len(self.data))
             readable, writable, _ = select.select(readers, writers, [], min(seconds, 1.0))
-            if writable:
-                self.send()
-            if readable:
-                self.read()
+            with contextlib.suppress(BlockingIOError):  # readiness is not a promise
+                if writable:
+                    self.send()
+                if readable:
+                    self.read()
             # Pings are no progress while data is unsent: they arrive endlessly.
             if timeout.expired(self.sent, 0 if writers and not self.service.echo else self.received):
                 if seconds < STALL:
@@ -353,6 +354,16 @@ class Copy:
             self.service.losses.append(f"client {number} is logged with {received} bytes: {reason}")
         self.ended += 1
 
+    def end_seated(self, unit: int) -> None:
+        """Note what the summary says about the clients that were connected."""
+        seated = [(number, client) for number, client in self.seated.items() if client]
+        for number, client in sorted(seated, key=lambda item: not item[1].graceful):
+            if client.graceful:
+                self.end("left", number, client.sent, client.received // unit)
+            else:  # it was reset: the rest is its part
+                rest = self.summary[1] - self.received, self.summary[2] - self.sent
+                self.end("was reset", number, *rest)
+
     def files(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
@@ -506,10 +517,8 @@ class Service:
             self.suspend(0.2)
             reader.start += 0.2
             reader.move(reader.received + 4)
-        self.flowing[0].clear()
         try:
-            writer.data += ROWS * (1 if self.quiet else 6)
-            writer.move(len(writer.data) if self.echo else 0, reading=self.echo, seconds=0.05)
+            self.fill(writer)
             if not self.echo:
                 reader.move(reader.received + (4 if self.every else 1 << 20))
             reader.data += PHRASES[1]
@@ -521,9 +530,15 @@ class Service:
                 copy.rest()
         finally:
             self.flowing[0].set()
-        self.faults += not self.quiet
-        writer.data = writer.data[: writer.sent]
         rng.choice((writer.leave, writer.reset))()
+
+    def fill(self, writer: Client) -> None:
+        """Do not read standard output, and send until the server reads no more, or everything is sent."""
+        self.faults += not self.quiet
+        self.flowing[0].clear()
+        writer.data += ROWS * (1 if self.quiet else 6)
+        writer.move(len(writer.data) if self.echo else 0, reading=self.echo, seconds=0.05)
+        writer.data = writer.data[: writer.sent]
 
     def stall_log(self, rng: random.Random) -> None:
         """Do not read standard error until lines are dropped: the server goes on, and counts them."""
@@ -591,27 +606,31 @@ class Service:
 
     def stop(self, rng: random.Random) -> None:
         """Stop it while bytes wait to be read: they are printed and counted, then comes an end of file."""
-        clients = self.seat(rng, 2)
+        clients = reader, writer = self.seat(rng, 2)
         self.wait(lambda: self.all_logged(2), "the last clients are logged")
+        if rng.random() < 0.5:
+            self.fill(writer)
         self.signal(signal.SIGSTOP)
-        for client in clients:
+        for client in clients if self.flowing[0].is_set() else [reader]:
             client.data += ROWS[: rng.randrange(8000)]
             client.move(reading=False)
             client.arrive()
             client.graceful = True
+        if not writer.graceful:
+            writer.reset()
+        self.flowing[0].set()
         names = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # one that is ignored here is ignored there
         self.signal(rng.choice([name for name in names if signal.getsignal(name) != signal.SIG_IGN]))
         self.signal(signal.SIGCONT)
         for client in clients:
-            client.move(1 << 60)
-            client.sock.close()
+            if client.graceful:
+                client.move(1 << 60)
+                client.sock.close()
         statuses = [copy.process.wait(STALL) for copy in self.copies]
         self.pool.shutdown()  # all lines are read
         unit = 1 if self.echo else 4
         for copy in self.copies:
-            for number, seated in list(copy.seated.items()):
-                if seated:
-                    copy.end("left", number, seated.sent, seated.received // unit)
+            copy.end_seated(unit)
         if any(statuses):
             raise Loss(f"ended with status {statuses}")
         served, sent = self.made() - self.total("uncounted"), self.total("sent") + self.probed // unit
