@@ -60,7 +60,9 @@ def kind(descriptor: Any) -> str:
     descriptor = descriptor if isinstance(descriptor, int) else descriptor.fileno()
     link = os.readlink(f"/proc/self/fd/{descriptor}")
     if link.startswith("socket:"):
+        blocking = os.get_blocking(descriptor)
         with socket.socket(fileno=os.dup(descriptor)) as sock:
+            os.set_blocking(descriptor, blocking)  # PyPy makes such a socket a blocking one
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 return "listener"
             with suppress(OSError):

@@ -467,6 +467,9 @@ def test_a_limit_that_cannot_be_raised_is_a_warning(
 # ---------------------------------------------------------------- memory
 
 NO_MEMORY = "out of memory: the server cannot continue"
+is_cpython = pytest.mark.skipif(
+    platform.python_implementation() == "PyPy", reason="PyPy aborts when it has no memory"
+)
 
 
 @pytest.mark.parametrize(
@@ -521,6 +524,7 @@ def kilobytes(field: str) -> str:
     return f"int(open('/proc/self/status').read().split('{field}:')[1].split()[0])"
 
 
+@is_cpython
 @pytest.mark.parametrize("limit, field", [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
 def test_too_little_memory_to_start(tmp_path: Path, limit: str, field: str) -> None:
     """The limit is what the process has when the module is imported, and a little more."""
@@ -557,6 +561,7 @@ def test_too_little_memory_to_start(tmp_path: Path, limit: str, field: str) -> N
     assert results[-1][0] == 0, results[-1]
 
 
+@is_cpython
 @pytest.mark.parametrize("kind", ["-v", "-d"])
 def test_no_traceback_however_little_memory_there_is(kind: str) -> None:
     """Where Python itself starts, the server starts or ends with one line."""
@@ -577,6 +582,7 @@ def test_no_traceback_however_little_memory_there_is(kind: str) -> None:
         assert re.fullmatch(f"{NO_MEMORY}\n|cannot listen on .*\n", text), text
 
 
+@is_cpython
 @pytest.mark.parametrize("limit, field", [("--as", "VmSize"), ("--data", "VmData")])
 def test_memory_that_runs_out_while_serving(start: Start, limit: str, field: str) -> None:
     server = start(
