@@ -394,6 +394,9 @@ def test_the_trace_of_an_echo(start: Start) -> None:
     first.sendall(b"hello")
     assert read_exactly(first, 5) == b"hello"
     server.settled()
+    first.sendall(b"bye")
+    assert read_exactly(first, 3) == b"bye"
+    server.settled()
     reset(first)
     server.err.wait_for("^client 1 was reset")
     server.settled()
@@ -418,9 +421,12 @@ client 2 connected from ADDRESS, 2 of 2 seats taken
     client 1: EPOLLIN
       received 5, sent 5
   epoll_wait: 1 ready after TIME
+    client 1: EPOLLIN
+      received 3, sent 3
+  epoll_wait: 1 ready after TIME
     client 1: EPOLLIN EPOLLERR EPOLLHUP
       was reset
-client 1 was reset: 5 bytes received, 5 bytes sent, 1 of 2 seats taken
+client 1 was reset: 8 bytes received, 8 bytes sent, 1 of 2 seats taken
     listener: resumed
       epoll_ctl: listener waits for EPOLLIN
   epoll_wait: 1 ready after TIME

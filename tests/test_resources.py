@@ -727,6 +727,15 @@ def test_a_stop_loses_nothing_that_has_arrived(
 
 
 @pytest.mark.parametrize("options", MODES)
+def test_clients_that_send_nothing_do_not_delay_a_stop(start: Start, failing: Failing, options: Any) -> None:
+    program = failing.program("server.FINISH_TIMEOUT = 60.0")
+    server = start(*options, "--wait-for", "1", program=program)
+    server.seat(), server.seat().sendall(b"hello")
+    server.messages("^hello$")
+    server.stop()
+
+
+@pytest.mark.parametrize("options", MODES)
 def test_a_client_that_sends_endlessly_does_not_delay_a_stop(start: Start, options: Any) -> None:
     server = start(*options, "--wait-for", "1", "--quiet")
     going = True
