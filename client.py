@@ -120,6 +120,7 @@ def escape(text: str) -> str:
     """
 
     def escaped(found: re.Match[str]) -> str:
+        """Return the character, or its escape."""
         character, code = found[0], ord(found[0])
         if character.isprintable() or character in SPACES:
             return character

@@ -324,9 +324,11 @@ def escape(line: str) -> str:
     """
 
     def is_visible(character: str) -> bool:
+        """Return whether it is one printable character and no space."""
         return character.isprintable() and character.strip() != ""
 
     def escaped(found: re.Match[str]) -> str:
+        """Return the character, or its escape."""
         character, code, at = found[0], ord(found[0]), found.start()
         joins = character in JOINERS and is_visible(line[at - 1 : at]) and is_visible(line[at + 1 : at + 2])
         if joins or character.isprintable():
@@ -905,7 +907,8 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
     stdout = None if options.quiet else sys.stdout
     messages = attempt("use standard output", Output, loop, stdout, "standard output")
     log = attempt("use standard error", Output, loop, sys.stderr, "standard error")
-    if messages.open and log.open and os.path.sameopenfile(messages.descriptor, log.descriptor):
+    same = messages.open and log.open and (messages.descriptor, log.descriptor)
+    if same and attempt("compare the outputs", os.path.sameopenfile, *same):
         log = messages  # two queues would write into the middle of each other's lines
     server = Server(loop, options, protocol, messages, log)
     address = name_of(attempt("read the listener's address", server.listener.getsockname))

@@ -110,7 +110,7 @@ class Copy:
         found = STOPPED.search(self.text)
         if status or not found:
             raise Loss(f"a copy has ended with status {status}: {self.text}")
-        return numbers(*found.groups())
+        return numbers(*found.groups()[:3])
 
 
 def words(process: int, descriptor: int, turn: int) -> bytes:

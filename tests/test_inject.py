@@ -74,7 +74,7 @@ def test_a_sample_of_faults_does_no_harm() -> None:
     ("case", "wrong"),
     [
         ("echo:recvfrom:error=EIO:when=1", "its log shows an exception"),
-        ("echo:sendto:error=ENOBUFS:when=3", r"client A, after \d+ bytes: .* in place of "),
+        ("echo:sendto:error=ENOBUFS:when=3", r"client A, after \d+ bytes: .* instead of "),
     ],
     ids=["traceback", "hole"],
 )

@@ -83,8 +83,8 @@ def test_a_protocol_that_fails_ends_that_connection_only(start: Start, program: 
     clients = [server.seat(), server.seat()]
     for number, (data, reason) in enumerate(
         [
-            (b"fault", r"KeyError\('fault'\)"),
-            (b"\xff", r"UnicodeDecodeError\(.*\)"),
+            (b"fault", ".*KeyError.*"),
+            (b"\xff", "UnicodeDecodeError.*"),
         ]
     ):
         victim = clients.pop(0)

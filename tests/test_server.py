@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -233,27 +234,25 @@ def test_a_third_client_waits_for_a_free_seat(start: Start) -> None:
 # ---------------------------------------------------------------- probes: clients that send nothing
 
 
+def probe(server: Server, leave: Callable[[socket.socket], None]) -> None:
+    """Connect and leave before the server can accept the connection."""
+    server.process.send_signal(signal.SIGSTOP)
+    leave(server.connect())
+    server.process.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.parametrize("leave", [lambda client: client.close(), reset])
 @pytest.mark.parametrize("wait_for", [1, 2, 3])
 def test_a_probe_before_serving_is_no_client(start: Start, wait_for: int, leave: Any) -> None:
     server = start("--connections", "3", "--wait-for", str(wait_for))
-    server.process.send_signal(signal.SIGSTOP)  # so that it finds connections that have ended
-    for _ in range(2):
-        leave(server.connect())
-    server.process.send_signal(signal.SIGCONT)
-    for number in (1, 2):
+    clients: list[socket.socket] = []
+    while len(clients) < wait_for:
+        assert "serving" not in server.err.text
+        probe(server, leave)
         server.err.wait_for(
-            rf"^client {number} (left|was reset): 0 bytes received, 0 pings sent, "
-            "not counted as a client, [01] of 3 seats taken$"
+            rf"^client {2 * len(clients) + 1} (left|was reset): 0 bytes received, 0 pings sent, "
+            f"not counted as a client, {len(clients)} of 3 seats taken$"
         )
-    clients = []
-    for number in range(1, wait_for + 1):
-        if number > 1:
-            assert "serving" not in server.err.text
-            server.process.send_signal(signal.SIGSTOP)
-            leave(server.connect())
-            server.process.send_signal(signal.SIGCONT)
-            server.err.wait_for(f"^client {2 * number} .*, not counted as a client, {number - 1} of 3 seats")
         clients.append(server.seat())
     server.err.wait_for(f"^serving {wait_for} clients?$")
     assert all(read_exactly(client, 4) == b"ping" for client in clients)
@@ -270,7 +269,7 @@ def test_a_probe_while_serving_is_a_client(start: Start) -> None:
 
 @pytest.mark.parametrize("leave", [lambda client: client.close(), reset])
 def test_serving_begins_when_enough_clients_are_connected_at_once(start: Start, leave: Any) -> None:
-    server = start("--connections", "3", "--wait-for", "2", "--every", "3600")
+    server = start("--connections", "3", "--wait-for", "2")
     first = server.seat()
     server.settled()
     server.process.send_signal(signal.SIGSTOP)  # so that it finds the first one gone and the second at once
@@ -290,11 +289,8 @@ def test_a_client_that_sent_a_message_and_left_counts_while_a_probe_does_not(sta
     first = server.seat()
     first.sendall(b"farewell")
     first.close()
-    server.settled()
-    server.process.send_signal(signal.SIGSTOP)
-    server.connect().close()
-    server.process.send_signal(signal.SIGCONT)
-    server.err.wait_for("^client 2 left: .*, not counted as a client, 1 of 3 seats taken$")
+    probe(server, reset)
+    server.err.wait_for("^client 2 was reset: .*, not counted as a client, 1 of 3 seats taken$")
     assert is_pings(read_exactly(server.seat(), 8))
     server.messages("^farewell$")
     server.err.wait_for("^serving 2 clients$")
@@ -538,7 +534,7 @@ def test_a_stalled_standard_error_stalls_no_client_and_drops_lines(
     logged = len(re.findall("^client [0-9]+ (?:connected|left|was reset|was lost)", text, re.M))
     lines = logged + int(dropped.replace(",", ""))
     assert lines > 601 if options else lines == 601
-    told = r"listening on|serving|stopped:|[\d,]+ log lines |client \d+ (connected from|left:|was reset:)"
+    told = r"listening on|serving|stopped:|[\d,]+ log lines dropped|client \d+ (connected|left:|was reset:) "
     assert all(re.match(rf"({told})|  *\d+\.\d\d\d  ", line) for line in text.splitlines()), "no line is cut"
 
 
@@ -779,6 +775,45 @@ def test_the_address_to_listen_on(start: Start, host: str, name: str, reached: A
         with socket.create_connection((address, server.port), DEADLINE) as client:
             assert read_exactly(client, 4) == b"ping"
             server.err.wait_for(rf"connected from {re.escape(name_of(client.getsockname(), host))}, ")
+
+
+@pytest.mark.parametrize("host", ["[::1]", "[127.0.0.1]"])
+def test_an_address_as_it_is_printed(start: Start, host: str) -> None:
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    server = start("--host", host)
+    shown = host if ":" in host else "127.0.0.1"
+    assert server.err.text.startswith(f"listening on {shown}:{server.port}, ")
+
+
+ADDRESSES = """
+addresses = {addresses}
+def getaddrinfo(host, port, *arguments, **options):
+    assert host in (b"example.test", "example.test")
+    return [(server.socket.AF_INET, 1, 6, "", (address, port)) for address in addresses]
+real = server.socket
+class Module:
+    def __getattr__(self, name):
+        return getaddrinfo if name == "getaddrinfo" else getattr(real, name)
+server.socket = Module()
+"""
+
+
+def test_each_address_of_a_host_is_tried(start: Start, failing: Failing) -> None:
+    program = failing.program(ADDRESSES.format(addresses=["192.0.2.1", "127.0.0.3"]))
+    server = start("--host", "example.test", program=program)
+    assert server.err.text.startswith("listening on 127.0.0.3:")
+    first, second = server.seat(), server.seat()
+    assert is_pings(read_exactly(first, 4) + read_exactly(second, 4))
+
+
+def test_a_host_with_no_usable_address_names_the_first_reason(failing: Failing) -> None:
+    failing.fail("bind", errno.EACCES)
+    program = failing.program(ADDRESSES.format(addresses=["127.0.0.3", "192.0.2.1"]))
+    command = [sys.executable, program, "--port", "0", "--host", "example.test"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "cannot listen on example.test:0: Permission denied\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
