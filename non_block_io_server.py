@@ -74,6 +74,7 @@ OUTPUT_LIMIT = 1024 * 1024  # an output with more bytes in its queue counts as f
 SPARE_FILES = 16  # descriptors that belong to no client: outputs, epoll, listener, signal pipe, pings
 RETRY_DELAY = 1.0  # seconds until a call that lacked a resource is tried again
 FLUSH_TIMEOUT = 1.0  # seconds to wait for a stalled output at shutdown
+DRAIN_TIMEOUT = 5.0  # seconds to wait for a slow output at shutdown
 FINISH_TIMEOUT = 0.2  # seconds for which clients that continue to send are read at shutdown
 SIGNAL_TIMEOUT = 0.1  # seconds to wait for a stop signal when standard output breaks
 MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) takes no timeout of more than 24 days
@@ -148,7 +149,8 @@ class Loop:
     def set_interest(self, descriptor: int, interest: int) -> None:
         """Tell epoll what a task waits for.
 
-        If epoll_ctl(2) fails (no memory, too many watches), the task gets the error at its yield.
+        If epoll_ctl(2) fails (no memory, too many watches), the task gets the error at its yield,
+        and also if what it has yielded is no interest.
         """
         before = self.interests[descriptor]
         try:
@@ -159,7 +161,7 @@ class Loop:
             elif before:  # with an interest of 0, epoll would report EPOLLHUP and EPOLLERR endlessly
                 self.epoll.unregister(descriptor)
             self.interests[descriptor] = interest
-        except OSError as error:
+        except (OSError, TypeError, ValueError, OverflowError) as error:
             self.set_interest(descriptor, self.tasks[descriptor].throw(error))
 
     def wait(self) -> Iterable[tuple[int, int]]:
@@ -311,9 +313,9 @@ class MessageFormatter:
         return f"{self.header}{indent}{text}\n"
 
 
-# Every character except letters and digits of all scripts, printable ASCII, tabs and spaces.
-UNUSUAL = re.compile("[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
+# Characters, except letters and digits of all scripts, printable ASCII, tabs and spaces.
+UNUSUAL = re.compile("[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]+")
+JOINERS = re.compile("[\u200c\u200d]")  # they form Persian words and emoji families
 
 
 def escape(line: str) -> str:
@@ -327,15 +329,27 @@ def escape(line: str) -> str:
         """Return whether it is one printable character and no space."""
         return character.isprintable() and character.strip() != ""
 
+    def joins(at: int) -> bool:
+        """Return whether the character is a joiner between two visible characters."""
+        between = is_visible(line[at - 1 : at]) and is_visible(line[at + 1 : at + 2])
+        return between and JOINERS.match(line, at) is not None
+
     def escaped(found: re.Match[str]) -> str:
-        """Return the character, or its escape."""
-        character, code, at = found[0], ord(found[0]), found.start()
-        joins = character in JOINERS and is_visible(line[at - 1 : at]) and is_visible(line[at + 1 : at + 2])
-        if joins or character.isprintable():
-            return character
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+        """Return unusual characters, escaped where necessary."""
+        if found[0].isprintable() or not JOINERS.search(found[0]):
+            return "".join(map(escape_character, found[0]))
+        return "".join(line[at] if joins(at) else escape_character(line[at]) for at in range(*found.span()))
 
     return UNUSUAL.sub(escaped, line)
+
+
+@functools.lru_cache(maxsize=1024)  # bytes that are no text are many, but alike
+def escape_character(character: str) -> str:
+    """Return a printable character as it is, and any other one as its escape."""
+    code = ord(character)
+    if character.isprintable():
+        return character
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 # -------------------------------------------------------------------- protocols
@@ -503,7 +517,7 @@ class Server:
         except Exception as error:  # the connection is broken, or the protocol has a fault
             reset = isinstance(error, ConnectionError)
             client.reason = "was reset" if reset else f"was lost ({why(error)})"
-            with suppress(OSError):  # data that arrived before the error can still be read
+            with suppress(OSError, ValueError):  # data that arrived before the error can still be read
                 arrived = client.received + client.unread()
                 while client.received < arrived and not client.at_eof:
                     while self.messages.full:
@@ -534,7 +548,7 @@ class Server:
         self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # a client that waited is served
         deadline = time.monotonic() + FINISH_TIMEOUT
         for client in list(self.clients.values()):  # a copy, because a client that ends is removed
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # broken, or closed by its protocol
                 self.finish_client(client, deadline)
 
     def finish_client(self, client: Client, deadline: float) -> None:
@@ -575,7 +589,9 @@ class Server:
 
 def listen(options: Any) -> socket.socket:
     """Return a listener on the first of the host's addresses that can be used.  Raises CannotContinue."""
-    host = options.host.strip("[]") or "0.0.0.0"
+    host = options.host or "0.0.0.0"
+    if host.startswith("[") and host.endswith("]"):  # as the first line shows an IPv6 address
+        host = host[1:-1]
     # A name in bytes needs no codec for international names, and so no import of three modules.
     name = host.encode() if host.isascii() else host
     errors: list[Exception] = []
@@ -694,10 +710,11 @@ class Output:
             self.give_up(f"can no longer be written: {why(error)}")
 
     def drain(self) -> None:
-        """Write everything, or give up when nothing is read for FLUSH_TIMEOUT.  This waits."""
+        """Write everything and wait for the reader: FLUSH_TIMEOUT for each write, DRAIN_TIMEOUT for all."""
+        deadline = time.monotonic() + DRAIN_TIMEOUT
         self.flush()
         while self.queue:
-            if select([], [self.descriptor], [], FLUSH_TIMEOUT)[1]:
+            if time.monotonic() < deadline and select([], [self.descriptor], [], FLUSH_TIMEOUT)[1]:
                 self.flush()
             else:
                 self.give_up("has stalled")

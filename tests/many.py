@@ -161,6 +161,8 @@ def echo(process: int, turn: int, descriptors: Iterable[int], poll: select.epoll
 
 def clients(process: int, count: int, orders: Connection) -> None:
     """Connect and echo; echo again; leave.  Each step waits for an order, the port, and is answered."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends it
     held: list[int] = []
     poll = select.epoll()
     for turn in range(2):
@@ -244,6 +246,7 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
     before = state_of(copies)
     connecting = step()
     peak = state_of(copies)
+    time.sleep(options.hold)
     echoing = step()
     step()
     eventually(lambda: sum(copy.files() for copy in copies) <= before.files, "every seat is free")
@@ -273,6 +276,13 @@ def main() -> int:
     add = parser.add_argument
     add("--connections", type=int, default=2000, metavar="N", help="simultaneous connections (default: 2000)")
     add("--copies", type=int, default=2, metavar="N", help="copies of the server on one port (default: 2)")
+    add(
+        "--hold",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="idle time before the second echo (default: 0)",
+    )
     add("--server", default=str(Path(__file__).parents[1] / "non_block_io_server.py"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.connections < 1 or options.copies < 1:

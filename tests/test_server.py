@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Generator
@@ -711,6 +712,18 @@ def test_bytes_that_cannot_be_written_at_the_end_are_counted(start: Start) -> No
     assert (len(shown) + lost - received) % len(header + "\n") == 0, "so many messages"
 
 
+def test_a_slow_reader_does_not_delay_the_end_for_long(start: Start, failing: Failing) -> None:
+    server = start(program=failing.program("server.DRAIN_TIMEOUT = 0.1"), paused=True)
+    writer, _ = server.seat(), server.seat()
+    fill(server, writer)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.out is not None
+    while server.process.poll() is None:  # the reader takes a little, again and again
+        os.read(server.out.pipe.fileno(), 4096)
+        time.sleep(0.02)
+    assert re.search(" has stalled: [0-9,]+ bytes not written\n", server.ended(0))
+
+
 def test_everything_is_written_before_the_end(start: Start) -> None:
     server = start(paused=True)
     writer, _ = server.seat(), server.seat()
@@ -777,6 +790,10 @@ def test_the_address_to_listen_on(start: Start, host: str, name: str, reached: A
         with socket.create_connection((address, server.port), DEADLINE) as client:
             assert read_exactly(client, 4) == b"ping"
             server.err.wait_for(rf"connected from {re.escape(name_of(client.getsockname(), host))}, ")
+
+
+def test_empty_brackets_are_no_address(start: Start) -> None:
+    assert run("--port", "0", "--host", "[]").stderr == "cannot listen on :0: Name or service not known\n"
 
 
 @pytest.mark.parametrize("host", ["[::1]", "[127.0.0.1]"])
