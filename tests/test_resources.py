@@ -499,6 +499,16 @@ def test_no_memory_while_serving_is_one_line_and_status_1(
     assert failing.count() == 1
 
 
+def test_a_message_that_was_read_is_printed_before_the_memory_ran_out(start: Start, failing: Failing) -> None:
+    server = start("--echo", "--wait-for", "1", program=failing.program())
+    client = server.seat()
+    failing.fail("write", OUT_OF_MEMORY, "client")
+    client.sendall(b"hello")
+    assert server.ended(1).endswith(f"\n{NO_MEMORY}\n")
+    assert server.out is not None
+    assert server.out.rest().endswith("\nhello\n")
+
+
 def test_no_memory_at_the_start_is_one_line_and_status_1(tmp_path: Path) -> None:
     def run(call: str) -> None:
         folder = tmp_path / call
@@ -727,10 +737,42 @@ def test_a_stop_loses_nothing_that_has_arrived(
 
 
 @pytest.mark.parametrize("options", MODES)
+def test_bytes_that_arrive_during_a_stop_are_read(start: Start, failing: Failing, options: Any) -> None:
+    program = failing.program("server.Client.unread = lambda client: 0")  # as if all of them arrive later
+    server = start(*options, "--wait-for", "1", program=program)
+    client = server.seat()
+    server.err.wait_for("^serving")
+    server.process.send_signal(signal.SIGSTOP)
+    arrive(server, client, b"x" * 30_000)
+    server.process.send_signal(signal.SIGTERM)
+    server.process.send_signal(signal.SIGCONT)
+    assert ending(client)[1] is False, "an end of file"
+    assert re.search("\nstopped: 1 client served, 30,000 bytes received, ", server.ended(0))
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_bytes_that_arrive_endlessly_do_not_delay_a_stop(
+    start: Start, failing: Failing, options: Any
+) -> None:
+    program = failing.program(
+        "finish = server.Server.finish\n"
+        "def endless(self):\n"
+        "    server.read = lambda descriptor, size: b'x' * 1000\n"
+        "    finish(self)\n"
+        "server.Server.finish = endless"
+    )
+    server = start(*options, "--wait-for", "1", "--quiet", program=program)
+    server.seat(), server.seat()
+    server.err.wait_for("^client 2 connected")
+    server.stop()
+
+
+@pytest.mark.parametrize("options", MODES)
 def test_clients_that_send_nothing_do_not_delay_a_stop(start: Start, failing: Failing, options: Any) -> None:
     program = failing.program("server.FINISH_TIMEOUT = 60.0")
     server = start(*options, "--wait-for", "1", program=program)
-    server.seat(), server.seat().sendall(b"hello")
+    server.seat()
+    server.seat().sendall(b"hello")
     server.messages("^hello$")
     server.stop()
 

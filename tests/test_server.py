@@ -819,11 +819,13 @@ server.socket = Module()
 
 
 def test_each_address_of_a_host_is_tried(start: Start, failing: Failing) -> None:
-    program = failing.program(ADDRESSES.format(addresses=["192.0.2.1", "127.0.0.3"]))
+    failing.fail("bind", errno.EADDRNOTAVAIL)
+    program = failing.program(ADDRESSES.format(addresses=["127.0.0.2", "127.0.0.3"]))
     server = start("--host", "example.test", program=program)
     assert server.err.text.startswith("listening on 127.0.0.3:")
     first, second = server.seat(), server.seat()
     assert is_pings(read_exactly(first, 4) + read_exactly(second, 4))
+    assert failing.count() == 1
 
 
 def test_a_host_with_no_usable_address_names_the_first_reason(failing: Failing) -> None:
