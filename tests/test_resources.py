@@ -738,7 +738,9 @@ def test_a_stop_loses_nothing_that_has_arrived(
 
 @pytest.mark.parametrize("options", MODES)
 def test_bytes_that_arrive_during_a_stop_are_read(start: Start, failing: Failing, options: Any) -> None:
-    program = failing.program("server.Client.unread = lambda client: 0")  # as if all of them arrive later
+    program = failing.program(  # as if all of them arrive later
+        "server.Client.unread, server.READ_SIZE = lambda client: 0, 1000"
+    )
     server = start(*options, "--wait-for", "1", program=program)
     client = server.seat()
     server.err.wait_for("^serving")

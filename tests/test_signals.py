@@ -38,6 +38,8 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(start: Start, numb
         server.process.send_signal(number)
         client.sendall(b"hello")
         assert read_exactly(client, 5) == b"hello"
+    server.settled()
+    assert server.process.poll() is None
     assert server.stop().splitlines()[-1].startswith("stopped: 1 client served, 15 bytes received")
 
 
