@@ -651,6 +651,15 @@ def test_accepted_sockets_have_the_options() -> None:
                     assert tcp(44) == 10_000
 
 
+@pytest.mark.parametrize("host, only", [("::1", True), ("::", False)])
+def test_only_the_address_of_everything_takes_ipv4_as_well(host: str, only: bool) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    options = SimpleNamespace(host=host, port=0, reuse_port=False, connections=2)
+    with non_block_io_server.listen(options) as listener:
+        assert listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == only
+
+
 def test_an_option_that_the_kernel_does_not_know_is_ignored(start: Start, failing: Failing) -> None:
     failing.fail("setsockopt", errno.ENOPROTOOPT)
     server = start("--wait-for", "1", program=failing.program())

@@ -270,7 +270,7 @@ def test_a_probe_while_serving_is_a_client(start: Start) -> None:
 
 @pytest.mark.parametrize("leave", [lambda client: client.close(), reset])
 def test_serving_begins_when_enough_clients_are_connected_at_once(start: Start, leave: Any) -> None:
-    server = start("--connections", "3", "--wait-for", "2")
+    server = start("--connections", "3", "--wait-for", "2", "--echo")
     first = server.seat()
     server.settled()
     server.process.send_signal(signal.SIGSTOP)  # so that it finds the first one gone and the second at once
@@ -282,7 +282,8 @@ def test_serving_begins_when_enough_clients_are_connected_at_once(start: Start, 
     assert "serving" not in server.err.text
     server.seat()
     server.err.wait_for("^serving 2 clients$")
-    assert second.recv(4) == b"ping"
+    second.sendall(b"hello")
+    assert read_exactly(second, 5) == b"hello"
 
 
 def test_a_client_that_sent_a_message_and_left_counts_while_a_probe_does_not(start: Start) -> None:

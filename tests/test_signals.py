@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
@@ -46,7 +47,9 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(start: Start, numb
 def send_until_it_ends(process: subprocess.Popen[Any], *numbers: int) -> None:
     """Send the signals again and again, until the process has ended; do not reap it before."""
     stat = Path(f"/proc/{process.pid}/stat")
+    end = time.monotonic() + DEADLINE
     while ") Z " not in stat.read_text():
+        assert time.monotonic() < end, "it does not end"
         for number in numbers:
             os.kill(process.pid, number)
 
