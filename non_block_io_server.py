@@ -271,6 +271,11 @@ class Client:
         """Print bytes as a message; `final` means that no more bytes follow."""
         self.messages.write(self.formatter.format(data, final))
 
+    def break_off(self) -> None:
+        """Let the close send a reset instead of an end of file, because the stream is incomplete."""
+        with suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
     def has_data(self) -> bool:
         """Return whether unread data has arrived.  An end of file sets at_eof.  Raises OSError."""
         try:
@@ -523,8 +528,7 @@ class Server:
                     while self.messages.full:
                         yield 0
                     client.receive()
-            with suppress(OSError):  # close with a reset, because the stream is incomplete
-                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.break_off()
         self.release(client)
 
     def release(self, client: Client) -> None:
@@ -548,8 +552,10 @@ class Server:
         self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # a client that waited is served
         deadline = time.monotonic() + FINISH_TIMEOUT
         for client in list(self.clients.values()):  # a copy, because a client that ends is removed
-            with suppress(OSError, ValueError):  # broken, or closed by its protocol
+            try:
                 self.finish_client(client, deadline)
+            except (OSError, ValueError):  # the connection is broken, or its protocol has closed it
+                client.break_off()
 
     def finish_client(self, client: Client, deadline: float) -> None:
         """Read all data that has arrived, and data that follows before the deadline; complete a cut ping."""
@@ -568,8 +574,10 @@ class Server:
         client.show(b"", final=True)
         cut = client.sent % self.unit_size
         if cut:
-            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
-            client.send(PING[cut:])
+            with suppress(OSError):
+                client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
+            if client.send(PING[cut:]) < len(PING) - cut:
+                client.break_off()
 
     def summary(self) -> str:
         """Return the last line of the log."""
@@ -767,6 +775,12 @@ def handle_signals(handler: Any) -> None:
             signal.signal(number, handler)
 
 
+def ignore_signals() -> None:
+    """Ignore further stop signals, because Python's own exit would let them change the exit status."""
+    with suppress(OSError):
+        handle_signals(signal.SIG_IGN)
+
+
 def stop_signal(loop: Loop) -> Task:
     """The signal pipe's task: end the loop after the current batch of events.
 
@@ -905,13 +919,17 @@ def main(protocol: Protocol = flood) -> None:
     `protocol` serves each client unless --echo or --every is given.  The exit status is 0 after a
     signal, 1 if the server cannot continue (one line on standard error says why), 2 for wrong usage.
     """
-    options = arguments()
-    if epoll is None:
-        sys.exit(NO_EPOLL)
     try:
+        options = arguments()
+        if epoll is None:
+            sys.exit(NO_EPOLL)
         sys.exit(run(options, echo if options.echo else heartbeat if options.every else protocol))
     except CannotContinue as failure:
+        ignore_signals()
         sys.exit(str(failure))
+    except KeyboardInterrupt:  # before SIGINT is caught
+        print("stopped: 0 clients served, 0 bytes received, 0 bytes sent", file=sys.stderr)
+        sys.exit(0)
     except MemoryError:
         write(2, OUT_OF_MEMORY + b"\n")
         os._exit(1)  # Python's own exit could need memory
@@ -949,7 +967,7 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
             failure = str(error)
     except MemoryError:
         failure = OUT_OF_MEMORY.decode()
-    handle_signals(signal.SIG_IGN)  # a second one does not change the exit status
+    ignore_signals()
     if failure != OUT_OF_MEMORY.decode():
         server.finish()
     log.write(f"{failure or server.summary()}\n")
@@ -980,7 +998,7 @@ def raise_file_limit(needed: int, log: Output) -> None:
                     f"the seats need {needed:,} open files, but the hard limit is {hard:,} (ulimit -Hn)"
                 )
     except (OSError, ValueError) as error:
-        log.write_line(f"cannot raise the limit on open files to {needed:,}: {error}")
+        log.write_line(f"cannot raise the limit on open files to {needed:,}: {why(error)}")
 
 
 if __name__ == "__main__":
