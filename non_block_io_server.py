@@ -319,7 +319,7 @@ class MessageFormatter:
 
 
 # Characters, except letters and digits of all scripts, printable ASCII, tabs and spaces.
-UNUSUAL = re.compile("[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]+")
+UNUSUAL = "[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]+"
 JOINERS = re.compile("[\u200c\u200d]")  # they form Persian words and emoji families
 
 
@@ -345,7 +345,7 @@ def escape(line: str) -> str:
             return "".join(map(escape_character, found[0]))
         return "".join(line[at] if joins(at) else escape_character(line[at]) for at in range(*found.span()))
 
-    return UNUSUAL.sub(escaped, line)
+    return re.sub(UNUSUAL, escaped, line)  # re compiles it at its first use
 
 
 @functools.lru_cache(maxsize=1024)  # bytes that are no text are many, but alike
@@ -998,7 +998,9 @@ def raise_file_limit(needed: int, log: Output) -> None:
                     f"the seats need {needed:,} open files, but the hard limit is {hard:,} (ulimit -Hn)"
                 )
     except (OSError, ValueError) as error:
-        log.write_line(f"cannot raise the limit on open files to {needed:,}: {why(error)}")
+        log.write_line(
+            f"cannot raise the limit on open files to {needed:,}: {getattr(error, 'strerror', error)}"
+        )
 
 
 if __name__ == "__main__":
