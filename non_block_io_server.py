@@ -122,7 +122,7 @@ class Loop:
         self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
         self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
         self.names: dict[int, str] = {}  # for --trace, which shows no task without a name
-        self.counted: dict[int, dict[str, Any]] = {}  # for --trace: attributes whose changes are logged
+        self.counted: dict[int, object] = {}  # for --trace: whose changes are logged
 
     def run(self) -> None:
         """Resume tasks until `running` is false."""
@@ -195,14 +195,14 @@ class Loop:
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
         """Run a new task to its first yield.  --trace shows its name and what changes in `counted`."""
         self.tasks[descriptor], self.interests[descriptor] = task, 0
-        self.names[descriptor], self.counted[descriptor] = name, vars(counted) if counted else {}
+        self.names[descriptor], self.counted[descriptor] = name, counted
         self.resume([(descriptor, None)])
 
     def forget(self, descriptor: int) -> None:
         """Stop watching for a task that has ended."""
         with suppress(OSError):  # the kernel has done so itself if the task closed its descriptor
             self.epoll.unregister(descriptor)
-        self.interests[descriptor] = 0
+        self.interests[descriptor], self.counted[descriptor] = 0, None
 
 
 # -------------------------------------------------------------------- a client's connection
@@ -821,7 +821,7 @@ class TracedLoop(Loop):
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
         """Loop.resume, traced: which task is resumed and why, then what it has done."""
         for descriptor, events in batch:
-            name, counted = self.names[descriptor], self.counted[descriptor]
+            name, counted = self.names[descriptor], getattr(self.counted[descriptor], "__dict__", {})
             if name and events is not None:
                 self.trace(f"{'' if name == 'beat' else '  '}{name}: {event_names(events) or 'resumed'}")
             before, place = counted.copy(), len(self.log.queue)
