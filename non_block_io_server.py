@@ -122,7 +122,7 @@ class Loop:
         self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
         self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
         self.names: dict[int, str] = {}  # for --trace, which shows no task without a name
-        self.counted: dict[int, dict[str, Any]] = {}  # for --trace: attributes whose changes are logged
+        self.counted: dict[int, object] = {}  # for --trace: whose changes are logged
 
     def run(self) -> None:
         """Resume tasks until `running` is false."""
@@ -195,14 +195,14 @@ class Loop:
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
         """Run a new task to its first yield.  --trace shows its name and what changes in `counted`."""
         self.tasks[descriptor], self.interests[descriptor] = task, 0
-        self.names[descriptor], self.counted[descriptor] = name, vars(counted) if counted else {}
+        self.names[descriptor], self.counted[descriptor] = name, counted
         self.resume([(descriptor, None)])
 
     def forget(self, descriptor: int) -> None:
         """Stop watching for a task that has ended."""
         with suppress(OSError):  # the kernel has done so itself if the task closed its descriptor
             self.epoll.unregister(descriptor)
-        self.interests[descriptor] = 0
+        self.interests[descriptor], self.counted[descriptor] = 0, None
 
 
 # -------------------------------------------------------------------- a client's connection
@@ -271,6 +271,11 @@ class Client:
         """Print bytes as a message; `final` means that no more bytes follow."""
         self.messages.write(self.formatter.format(data, final))
 
+    def break_off(self) -> None:
+        """Let the close send a reset instead of an end of file, because the stream is incomplete."""
+        with suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
     def has_data(self) -> bool:
         """Return whether unread data has arrived.  An end of file sets at_eof.  Raises OSError."""
         try:
@@ -314,7 +319,7 @@ class MessageFormatter:
 
 
 # Characters, except letters and digits of all scripts, printable ASCII, tabs and spaces.
-UNUSUAL = re.compile("[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]+")
+UNUSUAL = "[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]+"
 JOINERS = re.compile("[\u200c\u200d]")  # they form Persian words and emoji families
 
 
@@ -340,7 +345,7 @@ def escape(line: str) -> str:
             return "".join(map(escape_character, found[0]))
         return "".join(line[at] if joins(at) else escape_character(line[at]) for at in range(*found.span()))
 
-    return UNUSUAL.sub(escaped, line)
+    return re.sub(UNUSUAL, escaped, line)  # re compiles it at its first use
 
 
 @functools.lru_cache(maxsize=1024)  # bytes that are no text are many, but alike
@@ -368,7 +373,7 @@ def flood(client: Client) -> Task:
                 client.send(PINGS[cut:])
             else:
                 with suppress(BlockingIOError):  # sendfile(2) copies nothing
-                    client.sent += os.sendfile(client.descriptor, pings, cut, 4 * len(PINGS))
+                    client.sent += os.sendfile(client.descriptor, pings, cut, len(PINGS))
     while client.sent % len(PING):
         yield EPOLLOUT
         client.send(PING[client.sent % len(PING) :])
@@ -379,7 +384,7 @@ def pings_file() -> int | None:
     """Return the descriptor of a file in memory that is full of pings; None if there can be none."""
     with suppress(AttributeError, OSError):  # an old C library, a sandbox, a limit on the size of files
         file = os.memfd_create("pings")
-        if sum(write(file, PINGS) for _ in range(5)) == 5 * len(PINGS):
+        if write(file, PINGS) + write(file, PING) == len(PINGS) + len(PING):  # a send may begin inside a ping
             return file
     return None
 
@@ -523,8 +528,7 @@ class Server:
                     while self.messages.full:
                         yield 0
                     client.receive()
-            with suppress(OSError):  # close with a reset, because the stream is incomplete
-                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.break_off()
         self.release(client)
 
     def release(self, client: Client) -> None:
@@ -548,8 +552,10 @@ class Server:
         self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # a client that waited is served
         deadline = time.monotonic() + FINISH_TIMEOUT
         for client in list(self.clients.values()):  # a copy, because a client that ends is removed
-            with suppress(OSError, ValueError):  # broken, or closed by its protocol
+            try:
                 self.finish_client(client, deadline)
+            except (OSError, ValueError):  # the connection is broken, or its protocol has closed it
+                client.break_off()
 
     def finish_client(self, client: Client, deadline: float) -> None:
         """Read all data that has arrived, and data that follows before the deadline; complete a cut ping."""
@@ -568,8 +574,10 @@ class Server:
         client.show(b"", final=True)
         cut = client.sent % self.unit_size
         if cut:
-            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
-            client.send(PING[cut:])
+            with suppress(OSError):
+                client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
+            if client.send(PING[cut:]) < len(PING) - cut:
+                client.break_off()
 
     def summary(self) -> str:
         """Return the last line of the log."""
@@ -767,6 +775,12 @@ def handle_signals(handler: Any) -> None:
             signal.signal(number, handler)
 
 
+def ignore_signals() -> None:
+    """Ignore further stop signals, because Python's own exit would let them change the exit status."""
+    with suppress(OSError):
+        handle_signals(signal.SIG_IGN)
+
+
 def stop_signal(loop: Loop) -> Task:
     """The signal pipe's task: end the loop after the current batch of events.
 
@@ -807,7 +821,7 @@ class TracedLoop(Loop):
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
         """Loop.resume, traced: which task is resumed and why, then what it has done."""
         for descriptor, events in batch:
-            name, counted = self.names[descriptor], self.counted[descriptor]
+            name, counted = self.names[descriptor], getattr(self.counted[descriptor], "__dict__", {})
             if name and events is not None:
                 self.trace(f"{'' if name == 'beat' else '  '}{name}: {event_names(events) or 'resumed'}")
             before, place = counted.copy(), len(self.log.queue)
@@ -905,13 +919,17 @@ def main(protocol: Protocol = flood) -> None:
     `protocol` serves each client unless --echo or --every is given.  The exit status is 0 after a
     signal, 1 if the server cannot continue (one line on standard error says why), 2 for wrong usage.
     """
-    options = arguments()
-    if epoll is None:
-        sys.exit(NO_EPOLL)
     try:
+        options = arguments()
+        if epoll is None:
+            sys.exit(NO_EPOLL)
         sys.exit(run(options, echo if options.echo else heartbeat if options.every else protocol))
     except CannotContinue as failure:
+        ignore_signals()
         sys.exit(str(failure))
+    except KeyboardInterrupt:  # before SIGINT is caught
+        print("stopped: 0 clients served, 0 bytes received, 0 bytes sent", file=sys.stderr)
+        sys.exit(0)
     except MemoryError:
         write(2, OUT_OF_MEMORY + b"\n")
         os._exit(1)  # Python's own exit could need memory
@@ -949,7 +967,7 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
             failure = str(error)
     except MemoryError:
         failure = OUT_OF_MEMORY.decode()
-    handle_signals(signal.SIG_IGN)  # a second one does not change the exit status
+    ignore_signals()
     if failure != OUT_OF_MEMORY.decode():
         server.finish()
     log.write(f"{failure or server.summary()}\n")
@@ -980,7 +998,9 @@ def raise_file_limit(needed: int, log: Output) -> None:
                     f"the seats need {needed:,} open files, but the hard limit is {hard:,} (ulimit -Hn)"
                 )
     except (OSError, ValueError) as error:
-        log.write_line(f"cannot raise the limit on open files to {needed:,}: {error}")
+        log.write_line(
+            f"cannot raise the limit on open files to {needed:,}: {getattr(error, 'strerror', error)}"
+        )
 
 
 if __name__ == "__main__":
