@@ -53,6 +53,9 @@ try:
     import resource
     import termios
     from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, PIPE_BUF, epoll, select
+    from signal import SIGHUP, SIGINT, SIGTERM
+
+    STOP_SIGNALS = SIGINT, SIGTERM, SIGHUP
 except ImportError:  # macOS, Windows: a program can import this module, but main() needs epoll
     epoll = None  # type: ignore[assignment, misc]
 
@@ -764,21 +767,16 @@ def catch_signals() -> int:
     """Return a descriptor that becomes readable when a stop signal arrives: signal.set_wakeup_fd()."""
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    handle_signals(lambda *_: None)  # no byte is written unless a Python handler is installed
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup(1), background jobs: it stays ignored
+            signal.signal(number, lambda *_: None)  # no byte is written unless a Python handler is installed
     return reader
 
 
-def handle_signals(handler: Any) -> None:
-    """Set the handler of the stop signals.  One that is ignored stays ignored: nohup(1), background jobs."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
 def ignore_signals() -> None:
-    """Ignore further stop signals, because Python's own exit would let them change the exit status."""
+    """Block further stop signals, because Python's own exit would let them change the exit status."""
     with suppress(OSError):
-        handle_signals(signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def stop_signal(loop: Loop) -> Task:
