@@ -52,7 +52,7 @@ try:
     import fcntl
     import resource
     import termios
-    from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, PIPE_BUF, epoll, select
+    from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, PIPE_BUF, epoll, poll
     from signal import SIGHUP, SIGINT, SIGTERM
 
     STOP_SIGNALS = SIGINT, SIGTERM, SIGHUP
@@ -725,7 +725,7 @@ class Output:
         deadline = time.monotonic() + DRAIN_TIMEOUT
         self.flush()
         while self.queue:
-            if time.monotonic() < deadline and select([], [self.descriptor], [], FLUSH_TIMEOUT)[1]:
+            if time.monotonic() < deadline and is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
                 self.flush()
             else:
                 self.give_up("has stalled")
@@ -754,10 +754,17 @@ def nonblocking_writer(descriptor: int) -> Callable[[bytearray], int]:
 
 def write_if_ready(descriptor: int, data: bytearray) -> int:
     """Write as many bytes as certainly do not block; return how many.  Raises OSError."""
-    if not select([], [descriptor], [], 0)[1]:
+    if not is_ready(descriptor, EPOLLOUT, 0.0):
         raise BlockingIOError
     size = 1 if os.isatty(descriptor) else PIPE_BUF  # that much does not block: pipe(7)
     return write(descriptor, data[:size])
+
+
+def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
+    """Wait up to `timeout` seconds for one descriptor; poll(2) takes also files, and knows epoll's bits."""
+    waiting = poll()
+    waiting.register(descriptor, interest)
+    return bool(waiting.poll(timeout * 1000))
 
 
 # -------------------------------------------------------------------- the stop signal
@@ -961,13 +968,13 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
         attempt("wait for events", loop.run)
     except CannotContinue as error:
         # Ctrl-C also ends the program that reads our pipe.  The pipe may break before the signal arrives.
-        if not (messages.failure and select([signals], [], [], SIGNAL_TIMEOUT)[0]):
+        if not (messages.failure and is_ready(signals, EPOLLIN, SIGNAL_TIMEOUT)):
             failure = str(error)
     except MemoryError:
         failure = OUT_OF_MEMORY.decode()
+        server.clients.clear()  # nothing more is read
     ignore_signals()
-    if failure != OUT_OF_MEMORY.decode():
-        server.finish()
+    server.finish()
     log.write(f"{failure or server.summary()}\n")
     messages.drain()
     if messages.lost and not failure:

@@ -713,6 +713,20 @@ def test_bytes_that_cannot_be_written_at_the_end_are_counted(start: Start) -> No
     assert (len(shown) + lost - received) % len(header + "\n") == 0, "so many messages"
 
 
+def test_a_broken_output_and_many_open_files(start: Start, failing: Failing) -> None:
+    """select(2) takes no descriptor above 1023."""
+    program = failing.program(
+        "server.resource.setrlimit(server.resource.RLIMIT_NOFILE, (2000, 2000))\n"
+        "files = [open('/dev/null') for _ in range(1100)]"
+    )
+    reader, writer = os.pipe()
+    server = start("--wait-for", "1", program=program, stdout=writer)
+    os.close(writer)
+    os.close(reader)
+    server.seat().sendall(b"hello")
+    assert server.ended(1).endswith("\nstandard output can no longer be written: Broken pipe\n")
+
+
 def test_a_slow_reader_does_not_delay_the_end_for_long(start: Start, failing: Failing) -> None:
     server = start(program=failing.program("server.DRAIN_TIMEOUT = 0.1"), paused=True)
     writer, _ = server.seat(), server.seat()
