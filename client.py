@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """A client for non_block_io_server.py: it sends messages and counts the pings that it receives.
 
-The server waits with epoll(7), because it has thousands of descriptors.  The client has four, so it
+The server waits with epoll(7), because it has thousands of descriptors.  The client has five, so it
 waits with select(2), which every system has:
 
     it waits for                     while                      and then
-    -------------------------------  -------------------------  --------------------------------
-    data from standard input         nothing is unsent          reads a chunk and sends it
-    room in the connection           a chunk is unsent          sends what fits
-    data from the connection         standard output has room   receives a chunk and prints it
-    a signal, by a socket pair       always                     leaves within a second
-    a point in time                  an answer is due           answers the user and prompts
+    -------------------------------  -------------------------  ------------------------------------
+    data from standard input         nothing is unsent          Sender.read: reads and sends a chunk
+    room in the connection           a chunk is unsent          Sender.send: sends what fits
+    data from the connection         everything is written      Receiver.receive: receives a chunk
+    room in standard output          a chunk is unwritten       Output.flush: writes what fits
+    the time of an answer            the user gets one          Dialogue.answer: answers and prompts
+    a signal, by a socket pair       always                     Conversation.stop: sets a deadline
 
 It never reads what it cannot pass on, so a slow reader slows down the sender (backpressure).
 
@@ -34,7 +35,10 @@ import stat
 import sys
 import time
 from contextlib import suppress
-from typing import Any
+
+TYPE_CHECKING = False  # as in typing, whose import would make the start slower
+if TYPE_CHECKING:
+    from typing import Any
 
 HOST, PORT = "127.0.0.1", 10001
 SIZE = 256 * 1024  # bytes of one chunk
@@ -43,11 +47,13 @@ SILENCE = 1.0  # seconds without a byte from the server until a line reports tha
 GRACE = 0.8  # seconds to close gracefully after a signal
 SHORT_GRACE = 0.1  # seconds after a second signal; not 0, because timeout(1) may send one signal twice
 NEVER = float("inf")
+NOTHING = memoryview(b"")
 
 PING = b"ping"
 PINGS = PING * (SIZE // len(PING) + 2)  # what a chunk of pings is compared with
 RUN_OF_PINGS = re.compile(rb"^(?:ping)+", re.MULTILINE)
-PROMPT, DATA = "> ", "data"
+PROMPT = "> "
+EMPTY, LINE, DATA = "empty", "line", "data"  # other states of a row: nothing, a typed line, data
 SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another client\n"
 
 UNUSUAL = re.compile(r"[^\w !-~\t\n]")  # any character but letters, digits and what ASCII prints
@@ -66,6 +72,11 @@ def connect(host: str = HOST, port: int = PORT) -> socket.socket:
 def count(number: int, noun: str) -> str:
     """Return `1 ping` or `1,204,113 pings`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def reason(error: Exception) -> str:
+    """Return the cause of an error in words."""
+    return "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", "") or str(error)
 
 
 # -------------------------------------------------------------------- what is received
@@ -155,7 +166,299 @@ class TerminalText:
         return escape(text.replace("\r\n", "\n"))[shown:]
 
 
+# -------------------------------------------------------------------- the two directions
+
+
+class Sender:
+    """The direction to the server: the messages, or else standard input."""
+
+    def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
+        self.sock, self.raw = sock, raw
+        self.unsent = memoryview(messages)
+        self.input_ended = bool(messages)  # nothing more is read
+        self.half_closed = False  # our end of file is sent
+        self.sent = self.newlines = 0  # bytes, and how many of them are newlines
+        self.partial = False  # the last message has no newline
+        self.failure = ""
+
+    def read(self) -> bool:
+        """Read a chunk of standard input, send what the connection takes; return whether it ends a line."""
+        try:
+            chunk = os.read(0, SIZE)
+        except BlockingIOError:  # another program has read it
+            return False
+        except OSError as error:
+            chunk, self.failure = b"", f"standard input cannot be read: {reason(error)}"
+        if not chunk:
+            self.input_ended = True
+        self.unsent = memoryview(chunk)
+        self.send()
+        return chunk.endswith(b"\n")
+
+    def send(self) -> None:
+        """Send what the connection takes and, after everything, our end of file."""
+        try:
+            if self.unsent:
+                size = self.sock.send(self.unsent)
+                if not self.raw:
+                    sent = bytes(self.unsent[:size])
+                    self.newlines += sent.count(b"\n")
+                    self.partial = not sent.endswith(b"\n")
+                self.sent, self.unsent = self.sent + size, self.unsent[size:] or NOTHING
+            if self.input_ended and not self.unsent:
+                self.half_closed = True
+                self.sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            pass
+        except OSError as error:  # data that arrived before a reset can still be received
+            self.failure = self.failure or f"the connection is broken: {reason(error)}"
+            self.unsent, self.input_ended, self.half_closed = NOTHING, True, True
+
+
+class Receiver:
+    """The direction from the server."""
+
+    def __init__(self, sock: socket.socket, raw: bool) -> None:
+        self.sock, self.raw = sock, raw
+        self.parser = PingParser()
+        self.received = 0  # bytes
+        self.at_eof = False  # the server has ended its direction, or the connection is broken
+        self.failure = ""
+
+    def receive(self) -> bytes:
+        """Receive a chunk, and count its pings; return the bytes to show."""
+        chunk = b""
+        try:
+            chunk = self.sock.recv(SIZE)
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            self.failure = f"the connection is broken: {reason(error)}"
+        self.received, self.at_eof = self.received + len(chunk), not chunk
+        if self.raw:
+            return chunk
+        return self.parser.feed(chunk) if chunk else self.parser.finish()
+
+
+# -------------------------------------------------------------------- the user
+
+
+class Output:
+    """Standard output or standard error.  A write never waits: what does not fit stays unwritten.
+
+    A write that does not fit waits, even if select has reported the descriptor as writable.
+    O_NONBLOCK prevents that, but on an inherited descriptor it affects every process that shares
+    it, such as the shell.  So reopen it.  If this is not possible, PIPE_BUF bytes always fit.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.descriptor, self.may_wait = number, False
+        self.unwritten = NOTHING
+        self.failure = ""
+        mode = os.fstat(number).st_mode
+        if not (WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):  # a file has no reader to wait for
+            with suppress(OSError):
+                self.descriptor = os.open(f"/dev/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            self.may_wait = os.get_blocking(self.descriptor)  # on macOS, opening it is only a dup(2)
+
+    def write(self, data: bytes) -> None:
+        """Write what fits.  After an error, discard everything."""
+        if not self.failure:
+            self.unwritten = memoryview(b"".join([self.unwritten, data]) if self.unwritten else data)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what fits of what is unwritten."""
+        size = select.PIPE_BUF if self.may_wait else SIZE
+        try:
+            while self.unwritten:
+                if self.may_wait and not select.select([], [self.descriptor], [], 0)[1]:
+                    break
+                self.unwritten = self.unwritten[os.write(self.descriptor, self.unwritten[:size]) :] or NOTHING
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.unwritten, self.failure = NOTHING, reason(error)
+
+
+class Dialogue:
+    """What the user sees: received data and, if he types at a terminal, prompts and answers.
+
+    Data is shown below a prompt, never over it: the user may have typed half a line.
+    """
+
+    def __init__(self, sender: Sender, receiver: Receiver, interactive: bool) -> None:
+        self.sender, self.receiver, self.interactive = sender, receiver, interactive
+        self.output, self.errors = Output(1), Output(2)
+        self.terminal = os.isatty(1)
+        self.terminal_text = TerminalText() if self.terminal and not receiver.raw else None
+        self.screen = self.output if interactive and self.terminal else self.errors
+        self.row = EMPTY  # what the last row of the terminal holds
+        self.silence_reported = False
+        # Since when nothing is read or shown.  It is in the future while the user may be pasting lines.
+        self.idle_since = time.monotonic() if sender.unsent else 0.0
+
+    def read(self) -> None:
+        """Let the sender read a chunk of standard input."""
+        ends_line = self.sender.read()
+        if self.interactive and ends_line:  # Ctrl-D sends a line without its end
+            self.row = LINE
+        self.idle_since = time.monotonic() + (QUIET if self.interactive else 0.0)
+
+    def show(self) -> None:
+        """Let the receiver receive a chunk, and write what is to be shown."""
+        data = self.receiver.receive()
+        if self.terminal_text:
+            data = self.terminal_text.feed(data, self.receiver.at_eof).encode()
+        if data and self.terminal:
+            if self.row == PROMPT:
+                data = b"\n" + data
+            self.row, self.idle_since = EMPTY if data.endswith(b"\n") else DATA, time.monotonic()
+        self.output.write(data)
+
+    def answer(self) -> float:
+        """Write a count, a notice and a prompt if they are due; return when the next ones are."""
+        pings, received, text = self.receiver.parser.pings, self.receiver.received, ""
+        if self.row == LINE and (pings or not received):  # else the data is the answer, as in an echo
+            text = f"{count(pings, 'ping')} so far\n"
+        is_silent = not (received or self.silence_reported) and (self.sender.sent or self.sender.input_ended)
+        if is_silent:
+            text += SILENCE_NOTICE
+        if self.interactive and not self.sender.input_ended and (text or self.row in (EMPTY, LINE)):
+            text += PROMPT
+        if not text:
+            return NEVER
+        when = self.idle_since + (SILENCE if is_silent else QUIET)
+        if time.monotonic() < when:
+            return when
+        self.screen.write(("\n" + text if self.row in (PROMPT, DATA) else text).encode())
+        self.row = PROMPT if text.endswith(PROMPT) else EMPTY
+        self.silence_reported = self.silence_reported or bool(is_silent)
+        return NEVER
+
+    def finish(self, summary: str, signalled: bool) -> None:
+        """Write the summary to standard error, on a terminal in a row of its own."""
+        shares_row = self.interactive or (self.terminal and os.isatty(2))
+        if shares_row and (signalled or self.row in (PROMPT, DATA)):  # a terminal shows Ctrl-C as ^C
+            self.screen.write(b"\n")
+        self.errors.write(summary.encode())
+
+
 # -------------------------------------------------------------------- the conversation
+
+
+class Conversation:
+    """Both directions, the user, and the signals that end it."""
+
+    def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
+        """Prepare to send the messages or, without any, standard input."""
+        self.sock, self.raw = sock, raw
+        self.sender = Sender(sock, messages, raw)
+        self.receiver = Receiver(sock, raw)
+        self.dialogue = Dialogue(self.sender, self.receiver, os.isatty(0) and not messages and not raw)
+        self.signals, self.deadline = 0, NEVER  # number of stop signals; end of the conversation
+        sock.setblocking(False)
+        self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
+        self.wakeup_writer.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
+        handle_stop_signals(self.stop)
+        if self.dialogue.interactive:
+            signal.signal(signal.SIGCONT, self.resume)
+
+    def run(self) -> int:
+        """Exchange data, and write the summary; return the exit status."""
+        self.exchange()
+        failure = self.failure()
+        self.dialogue.finish(f"{failure}{'; ' if failure else ''}{self.summary()}\n", self.signals > 0)
+        self.exchange()  # until the summary is written
+        return 1 if failure else 0
+
+    def exchange(self) -> None:
+        """Pass data on until the server's end of file and until all is written, or until the deadline."""
+        sender, receiver, dialogue = self.sender, self.receiver, self.dialogue
+        output, errors = dialogue.output, dialogue.errors
+        while not receiver.at_eof or output.unwritten or errors.unwritten:
+            if time.monotonic() >= self.deadline:
+                break
+            readable, writable = self.wait()
+            if self.wakeup in readable:
+                self.wakeup.recv(64)
+            if 0 in readable:
+                dialogue.read()
+            if self.sock in writable:
+                sender.send()
+            if self.sock in readable:
+                dialogue.show()
+            output.flush()
+            errors.flush()
+            if output.failure:
+                self.end_within(GRACE)
+
+    def wait(self) -> tuple[list[Any], list[Any]]:
+        """Wait until data can be passed on, for a signal or for a time; return what is ready."""
+        sender, dialogue, until = self.sender, self.dialogue, self.deadline
+        reads: list[Any] = [self.wakeup]
+        writes: list[Any] = [
+            output.descriptor for output in (dialogue.output, dialogue.errors) if output.unwritten
+        ]
+        if not self.receiver.at_eof:
+            if time.monotonic() < dialogue.idle_since:
+                until = min(until, dialogue.idle_since)
+            elif not dialogue.output.unwritten:
+                reads.append(self.sock)
+            if sender.unsent or (sender.input_ended and not sender.half_closed):
+                writes.append(self.sock)
+            elif not sender.input_ended:
+                reads.append(0)
+            if self.deadline == NEVER:
+                until = min(until, dialogue.answer())
+        timeout = None if until == NEVER else max(until - time.monotonic(), 0)
+        return select.select(reads, writes, [], timeout)[:2]
+
+    def stop(self, number: int, frame: Any) -> None:
+        """Handle SIGINT, SIGTERM or SIGHUP: end within a second, after a second one almost immediately."""
+        self.signals += 1
+        if self.signals > 1:
+            handle_stop_signals(signal.SIG_DFL)  # a third one kills
+        self.end_within(GRACE if self.signals == 1 else SHORT_GRACE)
+
+    def end_within(self, seconds: float) -> None:
+        """Read no more input, and set the deadline for the rest of the conversation."""
+        self.sender.input_ended = True
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
+
+    def resume(self, number: int, frame: Any) -> None:
+        """Handle SIGCONT: prompt again after Ctrl-Z and `fg`."""
+        if self.dialogue.row == PROMPT:
+            self.dialogue.row = EMPTY
+
+    def failure(self) -> str:
+        """Return why the conversation is incomplete, or ""."""
+        sender, receiver, output = self.sender, self.receiver, self.dialogue.output
+        if sender.failure or receiver.failure:
+            return sender.failure or receiver.failure
+        if receiver.at_eof and (sender.unsent or not sender.input_ended):
+            return "the server has ended the conversation"
+        if output.failure and not self.signals:  # Ctrl-C also ends the program that reads the output
+            return f"standard output can no longer be written: {output.failure}"
+        if sender.unsent:
+            return "not everything was sent"
+        if self.signals > 1 and not receiver.at_eof:
+            return "a second signal has ended the conversation"
+        return ""
+
+    def summary(self) -> str:
+        """Return what has been sent and received, in words."""
+        sender, pings = self.sender, self.receiver.parser.pings
+        sent, received = count(sender.sent, "byte"), count(self.receiver.received, "byte")
+        if not self.raw:
+            messages = sender.newlines + (sender.partial and not sender.unsent)
+            others = self.receiver.received - pings * len(PING)
+            sent = f"{count(messages, 'message')}, {sent}"
+            received = count(pings, "ping") + (f", {count(others, 'other byte')}" if others else "")
+        unwritten = len(self.dialogue.output.unwritten)
+        lost = f"; {count(unwritten, 'byte')} not written" if unwritten else ""
+        return f"sent {sent}; received {received}{lost}"
 
 
 def handle_stop_signals(handler: Any) -> None:
@@ -164,255 +467,6 @@ def handle_stop_signals(handler: Any) -> None:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
-
-
-def is_file(descriptor: int) -> bool:
-    """Return whether a write to the descriptor never waits for a reader."""
-    mode = os.fstat(descriptor).st_mode
-    return WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-
-
-def open_output() -> tuple[int, int]:
-    """Return a descriptor of standard output, and how many bytes one write to it may hold.
-
-    A write that does not fit waits, although select has reported the descriptor as writable.
-    O_NONBLOCK prevents that, but on an inherited descriptor it affects every process that shares
-    it, such as the shell.  So reopen it.  Where this is not possible, PIPE_BUF bytes always fit.
-    """
-    if is_file(1):
-        return 1, SIZE
-    with suppress(OSError):
-        descriptor = os.open("/dev/fd/1", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        if not os.get_blocking(descriptor):  # on macOS opening it is a dup(2), which shares the flag
-            return descriptor, SIZE
-        os.close(descriptor)
-    return 1, select.PIPE_BUF
-
-
-class Conversation:
-    """The connection, standard input and output, and the signals that end it."""
-
-    def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
-        """Prepare to send the messages or, without any, standard input."""
-        self.sock, self.raw = sock, raw
-        self.interactive = os.isatty(0) and not messages and not raw
-        self.terminal = os.isatty(1)
-        self.output, self.write_size = open_output()
-        self.buffer = memoryview(bytearray(SIZE))
-        self.parser, self.terminal_text = PingParser(), TerminalText()
-        self.unsent = memoryview(messages)
-        self.input_ended = bool(messages)  # standard input's end of file, or no need of it
-        self.half_closed = self.at_eof = False  # our end of file is sent; the server's is received
-        self.sent = self.received = self.unwritten = 0  # bytes
-        self.newlines, self.last_byte = messages.count(b"\n"), messages[-1:]  # of what was read
-        self.failure = self.output_failure = ""  # the first failure; the one of standard output
-        self.unanswered = self.silence_reported = False
-        # When to answer the user and prompt, or to report that the server is silent
-        self.answer_time = time.monotonic() + SILENCE if messages else NEVER
-        self.hold_time = 0.0  # receive nothing before: the user may be pasting lines
-        self.signals, self.deadline = 0, NEVER  # number of stop signals; end of the conversation
-        self.row = ""  # what the last row of the terminal holds: nothing, PROMPT or DATA
-        sock.setblocking(False)
-        self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
-        self.wakeup_writer.setblocking(False)
-        signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
-        handle_stop_signals(self.stop)
-        if self.interactive:
-            signal.signal(signal.SIGCONT, self.resume)
-            self.answer()
-
-    def run(self) -> int:
-        """Exchange data until the server's end of file or the deadline; return the exit status."""
-        while not self.at_eof and time.monotonic() < self.deadline:
-            is_held = time.monotonic() < self.hold_time
-            reads: list[Any] = [] if is_held else [self.sock]
-            writes: list[Any] = []
-            if self.unsent or (self.input_ended and not self.half_closed):
-                writes = [self.sock]
-            elif not self.input_ended:
-                reads += [0]
-            readable, writable = self.wait(reads, writes, self.hold_time if is_held else self.answer_time)
-            if 0 in readable:
-                self.read_input()
-            if self.sock in writable:
-                self.send()
-            if self.sock in readable:
-                self.receive()
-            if time.monotonic() >= self.answer_time:
-                self.answer()
-        self.report_summary()
-        return 1 if self.failure else 0
-
-    def wait(self, reads: list[Any], writes: list[Any], until: float = NEVER) -> tuple[list[Any], list[Any]]:
-        """Wait for readiness, a signal or a time; return what is readable, and what is writable."""
-        seconds = min(until, self.deadline) - time.monotonic()
-        timeout = None if seconds == NEVER else max(seconds, 0)
-        readable, writable, _ = select.select([self.wakeup, *reads], writes, [], timeout)
-        if self.wakeup in readable:
-            self.wakeup.recv(64)
-        return readable, writable
-
-    def fail(self, what: str, error: OSError | None = None) -> None:
-        """Note the first failure, for the summary and the exit status."""
-        self.failure = self.failure or (f"{what}: {error.strerror}" if error else what)
-
-    # ---------------------------------------------------------------- signals
-
-    def stop(self, number: int, frame: Any) -> None:
-        """Handle SIGINT, SIGTERM or SIGHUP: end within a second, after a second one almost at once."""
-        self.signals += 1
-        if self.signals > 1:
-            handle_stop_signals(signal.SIG_DFL)  # a third one kills
-        self.end_within(GRACE if self.signals == 1 else SHORT_GRACE)
-
-    def end_within(self, seconds: float) -> None:
-        """Read no more input; set the deadline for the rest of the conversation."""
-        self.input_ended, self.deadline = True, min(self.deadline, time.monotonic() + seconds)
-        self.unanswered, self.answer_time = False, NEVER
-
-    def resume(self, number: int, frame: Any) -> None:
-        """Handle SIGCONT: prompt again after Ctrl-Z and `fg`."""
-        if self.row == PROMPT:
-            self.row, self.answer_time = "", 0.0
-
-    # ---------------------------------------------------------------- to the server
-
-    def read_input(self) -> None:
-        """Read a chunk of standard input, and send what the connection takes."""
-        try:
-            chunk = os.read(0, SIZE)
-        except BlockingIOError:  # another program has read it
-            return
-        except OSError as error:
-            self.fail("standard input cannot be read", error)
-            chunk = b""
-        if not chunk:
-            self.input_ended = True
-        elif not self.raw:
-            self.newlines, self.last_byte = self.newlines + chunk.count(b"\n"), chunk[-1:]
-        if self.interactive and chunk.endswith(b"\n"):  # Ctrl-D sends a line without its end
-            self.unanswered, self.row = True, ""
-        self.hold_time = time.monotonic() + QUIET if self.interactive else 0.0
-        silence = QUIET if self.received or self.silence_reported else SILENCE
-        self.answer_time = max(self.hold_time, time.monotonic()) + silence
-        self.unsent = memoryview(chunk)
-        self.send()
-
-    def send(self) -> None:
-        """Send what the connection takes and, after everything, our end of file."""
-        try:
-            if self.unsent:
-                size = self.sock.send(self.unsent)
-                self.sent, self.unsent = self.sent + size, self.unsent[size:]
-            if self.input_ended and not self.unsent:
-                self.half_closed = True
-                self.sock.shutdown(socket.SHUT_WR)
-        except BlockingIOError:
-            pass
-        except OSError as error:  # data that arrived before a reset can still be received
-            self.fail("the connection is broken", error)
-            self.unsent, self.input_ended, self.half_closed = memoryview(b""), True, True
-
-    # ---------------------------------------------------------------- from the server
-
-    def receive(self) -> None:
-        """Receive a chunk; count its pings and show the rest, or in raw mode show all of it."""
-        try:
-            size = self.sock.recv_into(self.buffer)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self.fail("the connection is broken", error)
-            size = 0
-        if not self.received:
-            self.answer_time = min(self.answer_time, time.monotonic() + QUIET)
-        self.received, self.at_eof = self.received + size, not size
-        data: bytes | memoryview = self.buffer[:size]
-        if not self.raw:
-            data = self.parser.finish() if self.at_eof else self.parser.feed(data)
-            if self.terminal:
-                data = self.terminal_text.feed(data, final=self.at_eof).encode()
-        if data:
-            self.show(data)
-        if self.at_eof and (self.unsent or not self.input_ended):
-            self.fail("the server has ended the conversation")
-
-    def show(self, data: bytes | memoryview) -> None:
-        """Print received data.  Below a prompt, never over it: the user may have typed half a line."""
-        if self.terminal:
-            data = b"\n" + data if self.row == PROMPT else data
-            self.row = "" if data[-1:] == b"\n" else DATA
-        if self.interactive:
-            self.unanswered, self.answer_time = False, time.monotonic() + QUIET
-        self.print(data)
-
-    def print(self, data: bytes | memoryview) -> None:
-        """Write to standard output.  If that fails, discard the data and end the conversation."""
-        if not self.output_failure:
-            try:
-                self.unwritten += self.write(self.output, data)
-            except OSError as error:
-                self.output_failure = f"standard output can no longer be written: {error.strerror}"
-                self.end_within(GRACE)
-
-    def write(self, descriptor: int, data: bytes | memoryview) -> int:
-        """Write data; return how many bytes are unwritten when a signal's deadline ends the wait."""
-        data = memoryview(data)
-        while data:
-            _, writable = ([], [descriptor]) if is_file(descriptor) else self.wait([], [descriptor])
-            if writable:
-                with suppress(BlockingIOError):
-                    data = data[os.write(descriptor, data[: self.write_size]) :]
-            elif time.monotonic() >= self.deadline:
-                break
-        return len(data)
-
-    # ---------------------------------------------------------------- to the user
-
-    def answer(self) -> None:
-        """Answer an interactive user, and prompt.  Report once that the server is silent."""
-        text = ""
-        if self.unanswered and (self.parser.pings or not self.received):  # an echo is the answer itself
-            text = f"{count(self.parser.pings, 'ping')} so far\n"
-        if not self.received and not self.silence_reported and (self.sent or self.input_ended):
-            text, self.silence_reported = text + SILENCE_NOTICE, True
-        if text and self.row:
-            text, self.row = "\n" + text, ""
-        if self.interactive and not self.input_ended and not self.row:
-            text, self.row = text + PROMPT, PROMPT
-        self.unanswered, self.answer_time = False, NEVER
-        self.report(text)
-
-    def report(self, text: str) -> None:
-        """Write to an interactive user's terminal, or else to standard error, whose errors do not matter."""
-        if self.interactive and self.terminal:
-            self.print(text.encode())
-        else:
-            with suppress(OSError):
-                self.write(2, text.encode())
-
-    def report_summary(self) -> None:
-        """Write the summary to standard error, in a row of its own; with the reason of a failure."""
-        if self.output_failure and not self.signals:  # Ctrl-C also ends the program that reads the output
-            self.fail(self.output_failure)
-        if self.unsent:
-            self.fail("not everything was sent")
-        if self.signals > 1 and not self.at_eof:
-            self.fail("a second signal has ended the conversation")
-        if (self.row or self.signals) and (self.interactive or (self.terminal and os.isatty(2))):
-            self.report("\n")
-        sent, received = count(self.sent, "byte"), count(self.received, "byte")
-        if not self.raw:
-            partial = self.last_byte not in (b"", b"\n") and not self.unsent
-            messages = self.newlines - bytes(self.unsent).count(b"\n") + partial
-            others = self.received - self.parser.pings * len(PING)
-            sent = f"{count(messages, 'message')}, {sent}"
-            received = count(self.parser.pings, "ping")
-            received += f", {count(others, 'other byte')}" if others else ""
-        failure = f"{self.failure}; " if self.failure else ""
-        unwritten = f"; {count(self.unwritten, 'byte')} not written" if self.unwritten else ""
-        self.interactive = False
-        self.report(f"{failure}sent {sent}; received {received}{unwritten}\n")
 
 
 # -------------------------------------------------------------------- the command line
@@ -446,11 +500,6 @@ def arguments() -> argparse.Namespace:
     if not options.host:
         parser.error("argument --host: must not be empty")
     return options
-
-
-def reason(error: Exception) -> str:
-    """Return the cause of an error in words."""
-    return "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", "") or str(error)
 
 
 def main() -> int:
