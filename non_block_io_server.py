@@ -63,7 +63,7 @@ TYPE_CHECKING = False  # as in typing, whose import would make the start slower
 if TYPE_CHECKING:
     from typing import Any, Callable, Generator, Iterable, TextIO
 
-    Task = Generator[int, Any, None]  # yields interests, is sent events (None at its start)
+    Task = Generator[Any, Any, None]  # yields interests or tasks to call, is sent events
     Protocol = Callable[["Client"], Task]
 
 # -------------------------------------------------------------------- constants
@@ -122,10 +122,10 @@ class Loop:
         self.running = True
         self.epoll = epoll()
         self.tasks: dict[int, Task] = {}  # by descriptor
+        self.callers: dict[Task, Task] = {}  # by the task that each of them has called
         self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
         self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
-        self.names: dict[int, str] = {}  # for --trace, which shows no task without a name
-        self.counted: dict[int, object] = {}  # for --trace: whose changes are logged
+        self.traced: dict[int, tuple[str, object]] = {}  # for --trace: names, and whose changes are logged
 
     def run(self) -> None:
         """Resume tasks until `running` is false."""
@@ -135,7 +135,7 @@ class Loop:
                 self.resume(self.due())
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
-        """Run tasks to their next yield, and tell epoll their new interest.
+        """Run tasks to their next yield, and do what they ask for.
 
         `batch` holds pairs of a descriptor and its events.  An earlier event of the batch may have
         ended a task.  Resuming it raises StopIteration again, which does no harm.
@@ -145,27 +145,45 @@ class Loop:
             try:
                 interest = tasks[descriptor].send(events)
                 if interest != interests[descriptor]:
-                    self.set_interest(descriptor, interest)
-            except StopIteration:
-                self.forget(descriptor)
+                    self.perform(descriptor, interest)
+            except Exception as end:
+                self.end(descriptor, end)
 
-    def set_interest(self, descriptor: int, interest: int) -> None:
-        """Tell epoll what a task waits for.
+    def perform(self, descriptor: int, request: Any) -> None:
+        """Do what a task has yielded: wait for its interest, or run a task that it calls in its place.
 
         If epoll_ctl(2) fails (no memory, too many watches), the task gets the error at its yield,
-        and also if what it has yielded is no interest.
+        and also if what it has yielded is neither an interest nor a task.
         """
         before = self.interests[descriptor]
         try:
-            if before and interest:
-                self.epoll.modify(descriptor, interest)
-            elif interest:
-                self.epoll.register(descriptor, interest)
+            if hasattr(request, "send"):  # a call; PEP 342 calls such a loop a trampoline
+                self.callers[request], self.tasks[descriptor] = self.tasks[descriptor], request
+                Loop.resume(self, [(descriptor, None)])
+                return
+            if before and request:
+                self.epoll.modify(descriptor, request)
+            elif request:
+                self.epoll.register(descriptor, request)
             elif before:  # with an interest of 0, epoll would report EPOLLHUP and EPOLLERR endlessly
                 self.epoll.unregister(descriptor)
-            self.interests[descriptor] = interest
+            self.interests[descriptor] = request
         except (OSError, TypeError, ValueError, OverflowError) as error:
-            self.set_interest(descriptor, self.tasks[descriptor].throw(error))
+            self.perform(descriptor, self.tasks[descriptor].throw(error))
+
+    def end(self, descriptor: int, reason: Exception) -> None:
+        """A task has ended: return to its caller, or stop watching the descriptor."""
+        failure = None if isinstance(reason, StopIteration) else reason
+        caller = self.callers.pop(self.tasks[descriptor], None)
+        if caller:
+            self.tasks[descriptor] = caller
+            Loop.resume(self, [(descriptor, failure)])
+        elif failure:
+            raise failure
+        else:
+            with suppress(OSError):  # the kernel has done so itself if the task closed its descriptor
+                self.epoll.unregister(descriptor)
+            self.interests[descriptor], self.traced[descriptor] = 0, ("", None)
 
     def wait(self) -> Iterable[tuple[int, int]]:
         """Wait until a descriptor is ready or a timer is due; return (descriptor, events) pairs."""
@@ -196,16 +214,10 @@ class Loop:
         self.timers.update(dict.fromkeys(descriptors, when))
 
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
-        """Run a new task to its first yield.  --trace shows its name and what changes in `counted`."""
+        """Run a new task to its first yield.  --trace shows it if it has a name, and changes of `counted`."""
         self.tasks[descriptor], self.interests[descriptor] = task, 0
-        self.names[descriptor], self.counted[descriptor] = name, counted
+        self.traced[descriptor] = name, counted
         self.resume([(descriptor, None)])
-
-    def forget(self, descriptor: int) -> None:
-        """Stop watching for a task that has ended."""
-        with suppress(OSError):  # the kernel has done so itself if the task closed its descriptor
-            self.epoll.unregister(descriptor)
-        self.interests[descriptor], self.counted[descriptor] = 0, None
 
 
 # -------------------------------------------------------------------- a client's connection
@@ -519,7 +531,9 @@ class Server:
                 if not client.at_eof:
                     yield 0 if has_data else EPOLLIN
             if not client.at_eof:  # else it is a port probe: it connects, sends nothing and closes
-                yield from self.protocol(client)
+                failure = yield self.protocol(client)  # a call: `yield from` would cost 2 % of an echo
+                if failure:
+                    raise failure
         except MemoryError:
             raise
         except Exception as error:  # the connection is broken, or the protocol has a fault
@@ -581,6 +595,8 @@ class Server:
                 client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
             if client.send(PING[cut:]) < len(PING) - cut:
                 client.break_off()
+        elif self.unit == "byte" and self.loop.interests[client.descriptor] == EPOLLOUT:
+            client.break_off()  # the protocol has not sent everything, such as the rest of an echo
 
     def summary(self) -> str:
         """Return the last line of the log."""
@@ -826,25 +842,22 @@ class TracedLoop(Loop):
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
         """Loop.resume, traced: which task is resumed and why, then what it has done."""
         for descriptor, events in batch:
-            name, counted = self.names[descriptor], getattr(self.counted[descriptor], "__dict__", {})
+            name, counted = self.traced[descriptor]
+            counters = getattr(counted, "__dict__", {})
+            before, interest, place = counters.copy(), self.interests[descriptor], len(self.log.queue)
             if name and events is not None:
                 self.trace(f"{'' if name == 'beat' else '  '}{name}: {event_names(events) or 'resumed'}")
-            before, place = counted.copy(), len(self.log.queue)
+                place = len(self.log.queue)
             super().resume([(descriptor, events)])
-            changed = [key for key in EFFECTS if key in counted and counted[key] != before[key]]
+            later = self.log.queue[place:]  # the lines that the task itself has logged
+            del self.log.queue[place:]
+            changed = [key for key in EFFECTS if key in counters and counters[key] != before[key]]
             if changed:
-                later = self.log.queue[place:]  # the lines that the task itself has logged
-                del self.log.queue[place:]
-                self.trace("    " + ", ".join(EFFECTS[key](before[key], counted[key]) for key in changed))
-                self.log.queue += later
-
-    def set_interest(self, descriptor: int, interest: int) -> None:
-        """Loop.set_interest, traced."""
-        super().set_interest(descriptor, interest)
-        if self.names[descriptor]:
-            self.trace(
-                f"    epoll_ctl: {self.names[descriptor]} waits for {event_names(interest) or 'nothing'}"
-            )
+                self.trace("    " + ", ".join(EFFECTS[key](before[key], counters[key]) for key in changed))
+            self.log.queue += later
+            if self.traced[descriptor][0] and self.interests[descriptor] != interest:
+                waits_for = event_names(self.interests[descriptor]) or "nothing"
+                self.trace(f"    epoll_ctl: {name} waits for {waits_for}")
 
 
 EFFECTS: dict[str, Callable[[Any, Any], str]] = {  # what to log when an attribute has changed

@@ -249,6 +249,30 @@ def test_an_echo_that_is_not_read_stops_reading_and_costs_nothing(start: Start) 
     assert exchange(lazy, b"and on it goes") == b"and on it goes"
 
 
+@pytest.mark.parametrize("size", [300_000, 10_000_000])
+def test_an_incomplete_echo_ends_with_a_reset(start: Start, size: int) -> None:
+    """An end of file would say that the client has everything."""
+    server = start("--echo", "--quiet", "--wait-for", "1")
+    lazy = server.seat(small=True)
+    lazy.setblocking(False)
+    sent = 0
+    for _ in range(3):
+        with suppress(BlockingIOError):
+            while sent < size:
+                sent += lazy.send(DATA[: size - sent])
+        server.settled()
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(DEADLINE)
+    lazy.settimeout(DEADLINE)
+    received = 0
+    with pytest.raises(ConnectionResetError):
+        while True:
+            data = lazy.recv(1 << 20)
+            assert data, f"an end of file after {received:,} of {sent:,} bytes"
+            received += len(data)
+    assert received < sent
+
+
 def test_an_echo_that_is_reset_with_bytes_unsent_neither_spins_nor_stays(start: Start) -> None:
     server = start("--echo", "--quiet")
     lazy, _ = server.seat(), server.seat()
