@@ -211,7 +211,7 @@ class Bench:
         """Measure how fast client.py reads pings, and moves a file through the echo."""
         source = os.path.join(self.folder, "source")
         with open(source, "wb") as file:
-            file.writelines(os.urandom(10**6) for _ in range(8 if self.quick else 256))
+            file.writelines(os.urandom(10**6) for _ in range(8 if self.quick else 1000))
         programs = [RAW_CLIENT, SOCAT] if self.machine["socat"] else [RAW_CLIENT]
         for title, names in self.turns(programs):
             rate = self.client_pings()
