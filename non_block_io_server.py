@@ -333,9 +333,9 @@ class MessageFormatter:
         return f"{self.header}{indent}{text}\n"
 
 
-# Characters, except letters and digits of all scripts, printable ASCII, tabs and spaces.
-UNUSUAL = "[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]+"
-JOINERS = re.compile("[\u200c\u200d]")  # they form Persian words and emoji families
+JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
+# Runs of characters other than letters, digits, printable ASCII, tabs and spaces; or one joiner.
+UNUSUAL = f"[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000{JOINERS}]+|[{JOINERS}]"
 
 
 def escape(line: str) -> str:
@@ -345,20 +345,12 @@ def escape(line: str) -> str:
     private-use and unassigned characters.  A joiner between two visible characters is kept.
     """
 
-    def is_visible(character: str) -> bool:
-        """Return whether it is one printable character and no space."""
-        return character.isprintable() and character.strip() != ""
-
-    def joins(at: int) -> bool:
-        """Return whether the character is a joiner between two visible characters."""
-        between = is_visible(line[at - 1 : at]) and is_visible(line[at + 1 : at + 2])
-        return between and JOINERS.match(line, at) is not None
-
     def escaped(found: re.Match[str]) -> str:
-        """Return unusual characters, escaped where necessary."""
-        if found[0].isprintable() or not JOINERS.search(found[0]):
-            return "".join(map(escape_character, found[0]))
-        return "".join(line[at] if joins(at) else escape_character(line[at]) for at in range(*found.span()))
+        if found[0] in JOINERS:
+            before, after = line[found.start() - 1 : found.start()], line[found.end() : found.end() + 1]
+            if (before + after).isprintable() and before.strip() and after.strip():
+                return found[0]
+        return "".join(map(escape_character, found[0]))
 
     return re.sub(UNUSUAL, escaped, line)  # re compiles it at its first use
 
