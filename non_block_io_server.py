@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 PING = b"ping"
 PINGS = memoryview(PING * 65536)  # 256 KiB: a call that sends 4 bytes costs more than its bytes
 READ_SIZE = 65536  # bytes per read, so that a client that sends much does not starve the others
+WRITE_SIZE = 65536  # bytes per write to an output: what a pipe holds
 ACCEPTS = 16  # accepts per event, so that a burst of new clients does not starve connected ones
 BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
 OUTPUT_LIMIT = 1024 * 1024  # an output with more bytes in its queue counts as full
@@ -672,24 +673,20 @@ class Output:
         self.queue = bytearray()
         self.full = False  # set above OUTPUT_LIMIT, reset when everything is written
         self.dropped = 0  # log lines
-        self.failure = ""  # why the output is no longer written
-        self.lost = 0  # bytes that were not written since then
+        self.failure = ""  # why nothing more is written
+        self.lost = 0  # bytes that were queued and not written
         if stream is not None:
             self.descriptor, self.encoding = stream.fileno(), stream.encoding
-            self.write_some = nonblocking_writer(self.descriptor)
+            self.status = os.fstat(self.descriptor)
+            self.target, self.write_size = nonblocking(self.descriptor, self.status.st_mode)
 
     def write(self, text: str) -> None:
         """Queue text.  The caller must check `full` first, because the queue has no limit."""
-        if not self.open or not text:
-            return
-        data = text.encode(self.encoding, "backslashreplace")
-        if self.failure:
-            self.lost += len(data)
-            return
-        if not self.queue:
-            self.loop.wake([self.descriptor])
-        self.queue += data
-        self.full = self.full or len(self.queue) > OUTPUT_LIMIT
+        if self.open and text:
+            if not self.queue:
+                self.loop.wake([self.descriptor])
+            self.queue += text.encode(self.encoding, "backslashreplace")
+            self.full = self.full or len(self.queue) > OUTPUT_LIMIT
 
     def write_line(self, line: str) -> None:
         """Queue a line of the log, or drop and count it while the output is full."""
@@ -719,53 +716,42 @@ class Output:
                 yield 0
 
     def flush(self) -> None:
-        """Write as much as the kernel accepts now."""
+        """Write as much as the kernel accepts now.  After a failure, drop the queue and count its bytes."""
         try:
-            while self.queue:
-                del self.queue[: self.write_some(self.queue)]
-        except BlockingIOError:
+            while self.queue and not self.failure and is_ready(self.descriptor, EPOLLOUT, 0.0):
+                del self.queue[: write(self.target, self.queue[: self.write_size])]
+        except BlockingIOError:  # another process has just filled the pipe
             pass
         except OSError as error:
-            self.give_up(f"can no longer be written: {why(error)}")
+            self.failure = f"can no longer be written: {why(error)}"
+        if self.failure:
+            self.lost += len(self.queue)
+            self.queue.clear()
 
     def drain(self) -> None:
         """Write everything and wait for the reader: FLUSH_TIMEOUT for each write, DRAIN_TIMEOUT for all."""
         deadline = time.monotonic() + DRAIN_TIMEOUT
         self.flush()
         while self.queue:
-            if time.monotonic() < deadline and is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
-                self.flush()
-            else:
-                self.give_up("has stalled")
+            if time.monotonic() > deadline or not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
+                self.failure = "has stalled"
+            self.flush()
         self.full = False
 
-    def give_up(self, failure: str) -> None:
-        """Stop writing, and begin to count the lost bytes."""
-        self.failure, self.lost = failure, len(self.queue)
-        self.queue.clear()
 
-
-def nonblocking_writer(descriptor: int) -> Callable[[bytearray], int]:
-    """Return a write function that raises BlockingIOError instead of waiting.
+def nonblocking(descriptor: int, mode: int) -> tuple[int, int]:
+    """Return a descriptor of the same output, and how many bytes a write to it may have to not wait.
 
     O_NONBLOCK on an inherited descriptor affects every process that shares it, such as the shell
     (fcntl(2)).  So open the pipe or terminal again.
     """
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a file has no reader to wait for
+    if stat.S_ISREG(mode):  # a file has no reader to wait for
+        return descriptor, WRITE_SIZE
+    try:
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        try:
-            descriptor = os.open(f"/proc/self/fd/{descriptor}", flags)
-        except OSError:  # a socket, another user's terminal (after su), or no /proc
-            return functools.partial(write_if_ready, descriptor)
-    return functools.partial(write, descriptor)
-
-
-def write_if_ready(descriptor: int, data: bytearray) -> int:
-    """Write as many bytes as certainly do not block; return how many.  Raises OSError."""
-    if not is_ready(descriptor, EPOLLOUT, 0.0):
-        raise BlockingIOError
-    size = 1 if os.isatty(descriptor) else PIPE_BUF  # that much does not block: pipe(7)
-    return write(descriptor, data[:size])
+        return os.open(f"/proc/self/fd/{descriptor}", flags), WRITE_SIZE
+    except OSError:  # a socket, another user's terminal (after su), or no /proc
+        return descriptor, 1 if os.isatty(descriptor) else PIPE_BUF  # pipe(7): ready for that much
 
 
 def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
@@ -952,8 +938,7 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
     stdout = None if options.quiet else sys.stdout
     messages = attempt("use standard output", Output, loop, stdout, "standard output")
     log = attempt("use standard error", Output, loop, sys.stderr, "standard error")
-    same = messages.open and log.open and (messages.descriptor, log.descriptor)
-    if same and attempt("compare the outputs", os.path.sameopenfile, *same):
+    if messages.open and log.open and os.path.samestat(messages.status, log.status):
         log = messages  # two queues would write into the middle of each other's lines
     server = Server(loop, options, protocol, messages, log)
     address = name_of(attempt("read the listener's address", server.listener.getsockname))
