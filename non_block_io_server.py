@@ -240,7 +240,7 @@ class Client:
         self.sock, self.descriptor = sock, sock.fileno()
         self.formatter = MessageFormatter(f"{MESSAGE_TITLE} ({name}, {address})\n")
         self.received = self.sent = 0  # bytes
-        self.unsent = b""  # bytes that the protocol has queued: see interest and flush()
+        self.unsent = b""  # bytes that the protocol has queued: see flush()
         self.at_eof = False  # the client has closed or half-closed its side
         self.reason = "left"
 
@@ -248,11 +248,6 @@ class Client:
     def reading(self) -> int:
         """The interest in reading: EPOLLIN, or 0 at the end of file or while standard output is full."""
         return 0 if self.at_eof or self.messages.full else EPOLLIN
-
-    @property
-    def interest(self) -> int:
-        """The interest in reading, and in writing while anything is unsent."""
-        return self.reading | (EPOLLOUT if self.unsent else 0)
 
     def receive(self) -> bytes:
         """Read and print one chunk, at most READ_SIZE bytes; epoll reports the rest again.
@@ -291,14 +286,6 @@ class Client:
         """Let the close send a reset instead of an end of file, because the stream is incomplete."""
         with suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-    def has_data(self) -> bool:
-        """Return whether unread data has arrived.  An end of file sets at_eof.  Raises OSError."""
-        try:
-            self.at_eof = not self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        return not self.at_eof
 
     def unread(self) -> int:
         """Return the number of bytes that have arrived and are unread: tcp(7), SIOCINQ.  Raises OSError."""
@@ -428,7 +415,7 @@ def heartbeat(client: Client) -> Task:
     """Send one ping per beat.  Skip beats while a ping is unsent, so that unsent data stays bounded."""
     server, beats = client.server, client.server.beats
     while client.unsent or not client.at_eof:
-        events = yield client.interest
+        events = yield client.reading | (EPOLLOUT if client.unsent else 0)
         if events & EPOLLIN:
             client.receive()
         if server.beats > beats and not client.unsent and not client.at_eof:
@@ -519,10 +506,12 @@ class Server:
         """A client's task: its life from its seat to its end."""
         try:
             client.sock.setblocking(False)
-            while not self.serving and not client.at_eof:  # what the client sends waits in the kernel
-                has_data = client.has_data()
-                if not client.at_eof:
-                    yield 0 if has_data else EPOLLIN
+            interest = EPOLLIN
+            while not self.serving and not client.at_eof:
+                yield interest
+                with suppress(BlockingIOError):
+                    client.at_eof = not client.sock.recv(1, socket.MSG_PEEK)
+                    interest = 0  # what the client sends waits in the kernel
             if not client.at_eof:  # else it is a port probe: it connects, sends nothing and closes
                 failure = yield self.protocol(client)  # a call: `yield from` would cost 2 % of an echo
                 if failure:
