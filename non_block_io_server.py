@@ -84,12 +84,12 @@ SIGNAL_TIMEOUT = 0.1  # seconds to wait for a stop signal when standard output b
 MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) takes no timeout of more than 24 days
 NO_DESCRIPTOR = -1  # the key of the beat's task, which owns no descriptor
 TCP_RTO_MAX_MS = 44  # from linux/tcp.h, since Linux 6.15
-# accept(2): the backlog is empty, or the connection that accept would have returned is broken
-# (errno.errorcode names EOPNOTSUPP ENOTSUP)
+# accept(2): the backlog is empty, or the connection that accept would have returned is broken.
 NETWORK_ERRORS = (
-    "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH ENOTSUP ENETUNREACH"
+    "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH EOPNOTSUPP ENETUNREACH"
 )
 MESSAGE_TITLE = "data received..."
+IN_USE = "address already in use (another program uses this port; stop it, or choose another with --port)"
 OUT_OF_MEMORY = b"out of memory: the server cannot continue"
 
 
@@ -454,11 +454,11 @@ class Server:
                     self.seat(sock, name_of(address))
                     reported = ""
             except OSError as error:
-                if errno.errorcode.get(error.errno or 0) in NETWORK_ERRORS.split():
+                if error.errno in [getattr(errno, name) for name in NETWORK_ERRORS.split()]:
                     continue
                 # The connection stays in the backlog, so epoll would report the listener on every wait.
-                if reported != error.strerror:
-                    reported = str(error.strerror)
+                if why(error) != reported:
+                    reported = why(error)
                     self.log.write_line(f"not accepting for now: {reported}")
                     if error.errno == errno.EMFILE and not self.clients:
                         self.log.write_line("no descriptor is left for any client (ulimit -n)")
@@ -598,9 +598,7 @@ class Server:
 
 def listen(options: Any) -> socket.socket:
     """Return a listener on the first of the host's addresses that can be used.  Raises CannotContinue."""
-    host = options.host or "0.0.0.0"
-    if host.startswith("[") and host.endswith("]"):  # as the first line shows an IPv6 address
-        host = host[1:-1]
+    host = (options.host or "0.0.0.0").strip("[]")  # the first line shows an IPv6 address in brackets
     # A name in bytes needs no codec for international names, and so no import of three modules.
     name = host.encode() if host.isascii() else host
     errors: list[Exception] = []
@@ -612,11 +610,7 @@ def listen(options: Any) -> socket.socket:
                 errors.append(error)
     except (OSError, UnicodeError) as error:  # the name has no address or is not valid
         errors.append(error)
-    reason = why(errors[0])
-    if getattr(errors[0], "errno", 0) == errno.EADDRINUSE:
-        reason = (
-            "address already in use (another program uses this port; stop it, or choose another with --port)"
-        )
+    reason = IN_USE if getattr(errors[0], "errno", 0) == errno.EADDRINUSE else why(errors[0])
     raise CannotContinue(f"cannot listen on {name_of((host, options.port))}: {reason}")
 
 
