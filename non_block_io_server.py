@@ -539,10 +539,8 @@ class Server:
         received, sent = client.received, client.sent // self.unit_size
         self.received += received
         self.sent += sent
-        note = "" if self.serving else ", not counted as a client"
-        self.log.write_line(
-            f"{client.name} {client.reason}: {self.totals(received, sent)}{note}, {self.seats_taken()}"
-        )
+        totals = self.totals(received, sent) + ("" if self.serving else ", not counted as a client")
+        self.log.write_line(f"{client.name} {client.reason}: {totals}, {self.seats_taken()}")
         self.loop.wake([self.listener.fileno()])
 
     def finish(self) -> None:
@@ -573,8 +571,7 @@ class Server:
         client.show(b"", final=True)
         cut = client.sent % self.unit_size
         if cut:
-            with suppress(OSError):
-                client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
+            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
             if client.send(PING[cut:]) < len(PING) - cut:
                 client.break_off()
         elif self.unit == "byte" and self.loop.interests[client.descriptor] == EPOLLOUT:
@@ -804,11 +801,10 @@ class TracedLoop(Loop):
         """Loop.resume, traced: which task is resumed and why, then what it has done."""
         for descriptor, events in batch:
             name, counted = self.traced[descriptor]
-            counters = getattr(counted, "__dict__", {})
-            before, interest, place = counters.copy(), self.interests[descriptor], len(self.log.queue)
             if name and events is not None:
                 self.trace(f"{'' if name == 'beat' else '  '}{name}: {event_names(events) or 'resumed'}")
-                place = len(self.log.queue)
+            counters = getattr(counted, "__dict__", {})
+            before, interest, place = counters.copy(), self.interests[descriptor], len(self.log.queue)
             super().resume([(descriptor, events)])
             later = self.log.queue[place:]  # the lines that the task itself has logged
             del self.log.queue[place:]
@@ -881,8 +877,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.wait_for is None:
         options.wait_for = options.connections
-    bounds = {"port": (0, 65535), "connections": (1, 10**7), "wait_for": (1, options.connections)}
-    for name, (least, most) in bounds.items():
+    seats = options.connections
+    for name, least, most in ("port", 0, 65535), ("connections", 1, 10**7), ("wait_for", 1, seats):
         if not least <= getattr(options, name) <= most:
             parser.error(f"argument --{name.replace('_', '-')}: must be from {least} to {most}")
     if options.every is not None and not 0 < options.every < float("inf"):
@@ -968,17 +964,15 @@ def raise_file_limit(needed: int, log: Output) -> None:
     """Raise the soft limit on open files, as far as the hard limit allows; log a warning if it is too low."""
     try:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < needed:  # negative: RLIM_INFINITY
-            limit = needed if hard < 0 else min(needed, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            if limit < needed:
-                log.write_line(
-                    f"the seats need {needed:,} open files, but the hard limit is {hard:,} (ulimit -Hn)"
-                )
+        if soft < needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+        if hard < needed:
+            log.write_line(
+                f"the seats need {needed:,} open files, but the hard limit is {hard:,} (ulimit -Hn)"
+            )
     except (OSError, ValueError) as error:
-        log.write_line(
-            f"cannot raise the limit on open files to {needed:,}: {getattr(error, 'strerror', error)}"
-        )
+        reason = getattr(error, "strerror", error)
+        log.write_line(f"cannot raise the limit on open files to {needed:,}: {reason}")
 
 
 if __name__ == "__main__":
