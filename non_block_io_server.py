@@ -647,7 +647,7 @@ class Output:
     Text that is queued during a batch of events is written after the batch.
     """
 
-    def __init__(self, loop: Loop, stream: TextIO | None, name: str) -> None:
+    def __init__(self, loop: Loop, name: str, stream: TextIO | None) -> None:
         """`stream` is None if the output was closed before the start, or is not wanted."""
         self.loop, self.name, self.open = loop, name, stream is not None
         self.queue = bytearray()
@@ -657,7 +657,7 @@ class Output:
         self.lost = 0  # bytes that were queued and not written
         if stream is not None:
             self.descriptor, self.encoding = stream.fileno(), stream.encoding
-            self.status = os.fstat(self.descriptor)
+            self.status = attempt(f"use {name}", os.fstat, self.descriptor)
             self.target, self.write_size = nonblocking(self.descriptor, self.status.st_mode)
 
     def write(self, text: str) -> None:
@@ -780,21 +780,18 @@ class TracedLoop(Loop):
     """
 
     log: Output  # run() sets it before the first task starts
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.began = time.monotonic()
+    start_time = time.monotonic()
 
     def trace(self, text: str) -> None:
-        """Log a line: the time in seconds, and the text."""
-        self.log.write_line(f"{time.monotonic() - self.began:8.3f}  {text}")
+        """Log a line: the seconds since the start, and the text."""
+        self.log.write_line(f"{time.monotonic() - self.start_time:8.3f}  {text}")
 
     def wait(self) -> Iterable[tuple[int, int]]:
         """Loop.wait, traced: how many descriptors are ready, and how long that took."""
-        began = time.monotonic()
+        before = time.monotonic()
         ready = list(super().wait())
         if ready:
-            self.trace(f"epoll_wait: {len(ready)} ready after {time.monotonic() - began:.3f} s")
+            self.trace(f"epoll_wait: {len(ready)} ready after {time.monotonic() - before:.3f} s")
         return ready
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
@@ -914,9 +911,8 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
     """Start the tasks, run the loop, and write the last lines.  Return the exit status."""
     signals = attempt("catch signals", catch_signals)
     loop = attempt("create an epoll instance", TracedLoop if options.trace else Loop)
-    stdout = None if options.quiet else sys.stdout
-    messages = attempt("use standard output", Output, loop, stdout, "standard output")
-    log = attempt("use standard error", Output, loop, sys.stderr, "standard error")
+    messages = Output(loop, "standard output", None if options.quiet else sys.stdout)
+    log = Output(loop, "standard error", sys.stderr)
     if messages.open and log.open and os.path.samestat(messages.status, log.status):
         log = messages  # two queues would write into the middle of each other's lines
     server = Server(loop, options, protocol, messages, log)
@@ -960,19 +956,17 @@ def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         raise CannotContinue(f"cannot {what}: {why(error)}") from None
 
 
-def raise_file_limit(needed: int, log: Output) -> None:
+def raise_file_limit(need: int, log: Output) -> None:
     """Raise the soft limit on open files, as far as the hard limit allows; log a warning if it is too low."""
     try:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < needed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
-        if hard < needed:
-            log.write_line(
-                f"the seats need {needed:,} open files, but the hard limit is {hard:,} (ulimit -Hn)"
-            )
+        if soft < need:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), hard))
+        if hard < need:
+            log.write_line(f"the seats need {need:,} open files, but the hard limit is {hard:,} (ulimit -Hn)")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
-        log.write_line(f"cannot raise the limit on open files to {needed:,}: {reason}")
+        log.write_line(f"cannot raise the limit on open files to {need:,}: {reason}")
 
 
 if __name__ == "__main__":
