@@ -53,10 +53,9 @@ try:
     import resource
     import termios
     from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, PIPE_BUF, epoll, poll
-    from signal import SIGHUP, SIGINT, SIGTERM
 
-    STOP_SIGNALS = SIGINT, SIGTERM, SIGHUP
-except ImportError:  # macOS, Windows: a program can import this module, but main() needs epoll
+    STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+except (ImportError, AttributeError):  # not Linux: a program can import this module, but not run main()
     epoll = None  # type: ignore[assignment, misc]
 
 TYPE_CHECKING = False  # as in typing, whose import would make the start slower
@@ -208,10 +207,8 @@ class Loop:
         return due.items()
 
     def wake(self, descriptors: Iterable[int], when: float = 0.0) -> None:
-        """Resume tasks without events at `when` (time.monotonic()), or after this batch.
-
-        A task that may be running is resumed in this way: a generator cannot be resumed while it runs.
-        """
+        """Resume tasks without events at `when` (time.monotonic()), or after this batch."""
+        # A task that may be running is resumed in this way: a generator cannot be resumed while it runs.
         self.timers.update(dict.fromkeys(descriptors, when))
 
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
@@ -385,10 +382,8 @@ def pings_file() -> int | None:
 
 
 def echo(client: Client) -> Task:
-    """Send each chunk back.  Read nothing while a chunk is unsent: this is backpressure.
-
-    For speed, this repeats the code of client.receive() and client.send() (README: Speed).
-    """
+    """Send each chunk back.  Read nothing while a chunk is unsent: this is backpressure."""
+    # For speed, this repeats the code of client.receive() and client.send() (README: Speed).
     descriptor, messages = client.descriptor, client.messages
     while True:
         yield 0 if messages.full else EPOLLIN
@@ -428,10 +423,7 @@ def heartbeat(client: Client) -> Task:
 
 
 class Server:
-    """The clients, the start of serving, the beat and the totals.
-
-    A client that finds no free seat waits in the backlog: it is deferred, not refused.
-    """
+    """The clients, the start of serving, the beat and the totals."""
 
     def __init__(self, loop: Loop, options: Any, protocol: Protocol, messages: Output, log: Output) -> None:
         self.loop, self.protocol, self.messages, self.log = loop, protocol, messages, log
@@ -444,7 +436,7 @@ class Server:
         self.received = self.sent = 0  # bytes and units, of the clients that have disconnected
 
     def accept(self) -> Task:
-        """The listener's task: accept connections while a seat is free."""
+        """The listener's task: accept connections while a seat is free; others wait in the backlog."""
         reported = ""
         while True:
             try:
@@ -488,10 +480,7 @@ class Server:
             self.loop.start("beat", NO_DESCRIPTOR, self.beat(), self)
 
     def beat(self) -> Task:
-        """The beat's task: resume all clients at each beat.
-
-        Beats follow a fixed schedule; missed beats are skipped.
-        """
+        """The beat's task: resume all clients at each beat."""
         due = time.monotonic()
         while True:
             self.loop.wake([NO_DESCRIPTOR], due)
@@ -500,7 +489,7 @@ class Server:
             if now >= due:  # else a full output that was drained has woken every task
                 self.beats += 1
                 self.loop.wake(self.clients)
-                due = now + self.every - (now - due) % self.every
+                due = now + self.every - (now - due) % self.every  # on a fixed schedule; skips missed beats
 
     def serve(self, client: Client) -> Task:
         """A client's task: its life from its seat to its end."""
@@ -519,8 +508,7 @@ class Server:
         except MemoryError:
             raise
         except Exception as error:  # the connection is broken, or the protocol has a fault
-            reset = isinstance(error, ConnectionError)
-            client.reason = "was reset" if reset else f"was lost ({why(error)})"
+            client.reason = "was reset" if isinstance(error, ConnectionError) else f"was lost ({why(error)})"
             with suppress(OSError, ValueError):  # data that arrived before the error can still be read
                 arrived = client.received + client.unread()
                 while client.received < arrived and not client.at_eof:
@@ -528,10 +516,6 @@ class Server:
                         yield 0
                     client.receive()
             client.break_off()
-        self.release(client)
-
-    def release(self, client: Client) -> None:
-        """Close a connection; the next one in the backlog can have its seat."""
         client.show(b"", final=True)
         del self.clients[client.descriptor]
         with suppress(OSError):  # close(2): the descriptor is free even after an error
@@ -541,7 +525,7 @@ class Server:
         self.sent += sent
         totals = self.totals(received, sent) + ("" if self.serving else ", not counted as a client")
         self.log.write_line(f"{client.name} {client.reason}: {totals}, {self.seats_taken()}")
-        self.loop.wake([self.listener.fileno()])
+        self.loop.wake([self.listener.fileno()])  # the next connection in the backlog can have the seat
 
     def finish(self) -> None:
         """Serve the data that has arrived.  At exit, the kernel sends each client an end of file."""
@@ -572,10 +556,10 @@ class Server:
         cut = client.sent % self.unit_size
         if cut:
             client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
-            if client.send(PING[cut:]) < len(PING) - cut:
-                client.break_off()
-        elif self.unit == "byte" and self.loop.interests[client.descriptor] == EPOLLOUT:
-            client.break_off()  # the protocol has not sent everything, such as the rest of an echo
+            client.send(PING[cut:])
+        waits_for = self.loop.interests[client.descriptor]
+        if client.sent % self.unit_size or (self.unit == "byte" and waits_for == EPOLLOUT):
+            client.break_off()  # the rest of a ping or of an echo is unsent
 
     def summary(self) -> str:
         """Return the last line of the log."""
@@ -642,10 +626,7 @@ def listen_on(family: int, address: Any, options: Any) -> socket.socket:
 
 
 class Output:
-    """A queue for standard output or standard error, which may stall like any peer.
-
-    Text that is queued during a batch of events is written after the batch.
-    """
+    """A queue for standard output or standard error, which may stall like any peer."""
 
     def __init__(self, loop: Loop, name: str, stream: TextIO | None) -> None:
         """`stream` is None if the output was closed before the start, or is not wanted."""
@@ -664,7 +645,7 @@ class Output:
         """Queue text.  The caller must check `full` first, because the queue has no limit."""
         if self.open and text:
             if not self.queue:
-                self.loop.wake([self.descriptor])
+                self.loop.wake([self.descriptor])  # everything is written after this batch of events
             self.queue += text.encode(self.encoding, "backslashreplace")
             self.full = self.full or len(self.queue) > OUTPUT_LIMIT
 
@@ -720,13 +701,10 @@ class Output:
 
 
 def nonblocking(descriptor: int, mode: int) -> tuple[int, int]:
-    """Return a descriptor of the same output, and how many bytes a write to it may have to not wait.
-
-    O_NONBLOCK on an inherited descriptor affects every process that shares it, such as the shell
-    (fcntl(2)).  So open the pipe or terminal again.
-    """
+    """Return a descriptor of the same output, and how many bytes it accepts at once when it is ready."""
     if stat.S_ISREG(mode):  # a file has no reader to wait for
         return descriptor, WRITE_SIZE
+    # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again.
     try:
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         return os.open(f"/proc/self/fd/{descriptor}", flags), WRITE_SIZE
@@ -761,11 +739,8 @@ def ignore_signals() -> None:
 
 
 def stop_signal(loop: Loop) -> Task:
-    """The signal pipe's task: end the loop after the current batch of events.
-
-    The pipe is never drained: its first byte ends the loop, and further bytes do no harm.
-    """
-    while not (yield EPOLLIN):
+    """The signal pipe's task: end the loop after the current batch of events."""
+    while not (yield EPOLLIN):  # the pipe is never drained: its first byte ends the loop
         pass
     loop.running = False
 
@@ -774,10 +749,7 @@ def stop_signal(loop: Loop) -> Task:
 
 
 class TracedLoop(Loop):
-    """A loop that logs what it does (--trace): a cause first, then its effects, indented.
-
-    Polls that report nothing are not logged, nor are the outputs: each line would cause another.
-    """
+    """A loop that logs what it does (--trace): a cause first, then its effects, indented."""
 
     log: Output  # run() sets it before the first task starts
     start_time = time.monotonic()
@@ -790,7 +762,7 @@ class TracedLoop(Loop):
         """Loop.wait, traced: how many descriptors are ready, and how long that took."""
         before = time.monotonic()
         ready = list(super().wait())
-        if ready:
+        if ready:  # polls that report nothing are not logged
             self.trace(f"epoll_wait: {len(ready)} ready after {time.monotonic() - before:.3f} s")
         return ready
 
@@ -886,10 +858,9 @@ def arguments() -> argparse.Namespace:
 
 
 def main(protocol: Protocol = flood) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP, as the command line says; then raise SystemExit.
+    """Serve as the command line says, until a signal or a failure; then raise SystemExit (see EPILOG).
 
-    `protocol` serves each client unless --echo or --every is given.  The exit status is 0 after a
-    signal, 1 if the server cannot continue (one line on standard error says why), 2 for wrong usage.
+    `protocol` serves each client unless --echo or --every is given.
     """
     try:
         options = arguments()
