@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """A TCP server that serves many clients in one thread and never blocks.
 
-The question.  A socket blocks: `recv` waits until data arrives, and the whole program waits
-with it.  How can one program serve several connections at once, without processes and
-without threads?
+The question.  A socket blocks: `recv` waits until data arrives, and the whole program waits with it.
+How can one program serve several connections at once, without processes and without threads?
 
 The answer is an event loop.  Wait for all descriptors in one call.  Then make only calls that
 do not wait:
@@ -41,7 +40,6 @@ import os
 import re
 import signal
 import socket
-import stat
 import struct
 import sys
 import time
@@ -70,7 +68,6 @@ if TYPE_CHECKING:
 PING = b"ping"
 PINGS = memoryview(PING * 65536)  # 256 KiB: a call that sends 4 bytes costs more than its bytes
 READ_SIZE = 65536  # bytes per read, so that a client that sends much does not starve the others
-WRITE_SIZE = 65536  # bytes per write to an output: what a pipe holds
 ACCEPTS = 16  # accepts per event, so that a burst of new clients does not starve connected ones
 BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
 OUTPUT_LIMIT = 1024 * 1024  # an output with more bytes in its queue counts as full
@@ -152,8 +149,7 @@ class Loop:
     def perform(self, descriptor: int, request: Any) -> None:
         """Do what a task has yielded: wait for its interest, or run a task that it calls in its place.
 
-        If epoll_ctl(2) fails (no memory, too many watches), the task gets the error at its yield,
-        and also if what it has yielded is neither an interest nor a task.
+        If this fails (no memory, too many watches, neither an interest nor a task), its yield raises the error.
         """
         before = self.interests[descriptor]
         try:
@@ -472,7 +468,7 @@ class Server:
                 self.begin()
 
     def begin(self) -> None:
-        """Begin to serve."""
+        """Begin to serve: let the tasks of the waiting clients go on, and start the beat."""
         self.serving, self.served = True, len(self.clients)
         self.log.write_line(f"serving {count(self.served, 'client')}")
         self.loop.wake(self.clients)
@@ -639,7 +635,7 @@ class Output:
         if stream is not None:
             self.descriptor, self.encoding = stream.fileno(), stream.encoding
             self.status = attempt(f"use {name}", os.fstat, self.descriptor)
-            self.target, self.write_size = nonblocking(self.descriptor, self.status.st_mode)
+            self.target, self.write_limit = nonblocking(self.descriptor)
 
     def write(self, text: str) -> None:
         """Queue text.  The caller must check `full` first, because the queue has no limit."""
@@ -679,9 +675,11 @@ class Output:
     def flush(self) -> None:
         """Write as much as the kernel accepts now.  After a failure, drop the queue and count its bytes."""
         try:
-            while self.queue and not self.failure and is_ready(self.descriptor, EPOLLOUT, 0.0):
-                del self.queue[: write(self.target, self.queue[: self.write_size])]
-        except BlockingIOError:  # another process has just filled the pipe
+            while self.queue and not self.failure:
+                if self.write_limit and not is_ready(self.descriptor, EPOLLOUT, 0.0):
+                    break
+                del self.queue[: write(self.target, self.queue[: self.write_limit])]
+        except BlockingIOError:
             pass
         except OSError as error:
             self.failure = f"can no longer be written: {why(error)}"
@@ -700,16 +698,16 @@ class Output:
         self.full = False
 
 
-def nonblocking(descriptor: int, mode: int) -> tuple[int, int]:
-    """Return a descriptor of the same output, and how many bytes it accepts at once when it is ready."""
-    if stat.S_ISREG(mode):  # a file has no reader to wait for
-        return descriptor, WRITE_SIZE
+def nonblocking(descriptor: int) -> tuple[int, int | None]:
+    """Return a descriptor of the same output, and how many bytes it accepts when it is ready (None: any)."""
+    if os.path.isfile(descriptor):  # a file has no reader to wait for
+        return descriptor, None
     # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again.
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        return os.open(f"/proc/self/fd/{descriptor}", flags), WRITE_SIZE
+        return os.open(f"/proc/self/fd/{descriptor}", flags), None
     except OSError:  # a socket, another user's terminal (after su), or no /proc
-        return descriptor, 1 if os.isatty(descriptor) else PIPE_BUF  # pipe(7): ready for that much
+        return descriptor, 1 if os.isatty(descriptor) else PIPE_BUF  # pipe(7)
 
 
 def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
