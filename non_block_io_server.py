@@ -149,13 +149,13 @@ class Loop:
     def perform(self, descriptor: int, request: Any) -> None:
         """Do what a task has yielded: wait for its interest, or run a task that it calls in its place.
 
-        If this fails (no memory, too many watches, neither an interest nor a task), its yield raises the error.
+        A failure (no memory, too many watches, neither an interest nor a task) is raised at its yield.
         """
         before = self.interests[descriptor]
         try:
             if hasattr(request, "send"):  # a call; PEP 342 calls such a loop a trampoline
                 self.callers[request], self.tasks[descriptor] = self.tasks[descriptor], request
-                Loop.resume(self, [(descriptor, None)])
+                Loop.resume(self, [(descriptor, None)])  # a part of this turn, which is traced as one
                 return
             if before and request:
                 self.epoll.modify(descriptor, request)
@@ -574,7 +574,7 @@ class Server:
 
 
 def listen(options: Any) -> socket.socket:
-    """Return a listener on the first of the host's addresses that can be used.  Raises CannotContinue."""
+    """Return a listener on the host's first usable address, IPv4 before IPv6.  Raises CannotContinue."""
     host = (options.host or "0.0.0.0").strip("[]")  # the first line shows an IPv6 address in brackets
     # A name in bytes needs no codec for international names, and so no import of three modules.
     name = host.encode() if host.isascii() else host
@@ -613,7 +613,7 @@ def listen_on(family: int, address: Any, options: Any) -> socket.socket:
             if error.errno != errno.ENOPROTOOPT:  # not an option of this kernel, or of IPv4
                 raise
     sock.bind(address)
-    sock.listen(min(max(options.connections, socket.SOMAXCONN), 65535))
+    sock.listen(min(max(options.connections, socket.SOMAXCONN), 65535))  # all seats may be wanted at once
     sock.setblocking(False)  # a connection may vanish after epoll has reported it
     return sock
 
