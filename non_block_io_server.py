@@ -100,6 +100,8 @@ def count(number: int, noun: str) -> str:
 
 def why(error: BaseException) -> str:
     """Return why a call failed, in the system's words if it has any: `No space left on device`."""
+    if getattr(error, "errno", 0) == errno.EADDRINUSE:
+        return IN_USE
     return getattr(error, "strerror", None) or repr(error)
 
 
@@ -425,7 +427,7 @@ class Server:
         self.loop, self.protocol, self.messages, self.log = loop, protocol, messages, log
         self.seats, self.wait_for, self.every = options.connections, options.wait_for, options.every
         self.unit, self.unit_size = ("ping", len(PING)) if protocol in (flood, heartbeat) else ("byte", 1)
-        self.listener = listen(options)
+        self.listener = attempt(f"listen on {name_of((options.host, options.port))}", listen, options)
         self.clients: dict[int, Client] = {}  # by descriptor
         self.serving = False
         self.accepted = self.served = self.beats = 0
@@ -574,21 +576,16 @@ class Server:
 
 
 def listen(options: Any) -> socket.socket:
-    """Return a listener on the host's first usable address, IPv4 before IPv6.  Raises CannotContinue."""
-    host = (options.host or "0.0.0.0").strip("[]")  # the first line shows an IPv6 address in brackets
+    """Return a listener on the host's first usable address, IPv4 before IPv6.  Raises OSError or UnicodeError."""
     # A name in bytes needs no codec for international names, and so no import of three modules.
-    name = host.encode() if host.isascii() else host
-    errors: list[Exception] = []
-    try:
-        for family, _, _, _, address in sorted(socket.getaddrinfo(name, options.port, 0, socket.SOCK_STREAM)):
-            try:
-                return listen_on(family, address, options)
-            except OSError as error:
-                errors.append(error)
-    except (OSError, UnicodeError) as error:  # the name has no address or is not valid
-        errors.append(error)
-    reason = IN_USE if getattr(errors[0], "errno", 0) == errno.EADDRINUSE else why(errors[0])
-    raise CannotContinue(f"cannot listen on {name_of((host, options.port))}: {reason}")
+    name = options.host.encode() if options.host.isascii() else options.host
+    errors = []
+    for family, _, _, _, address in sorted(socket.getaddrinfo(name, options.port, 0, socket.SOCK_STREAM)):
+        try:
+            return listen_on(family, address, options)
+        except OSError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def listen_on(family: int, address: Any, options: Any) -> socket.socket:
@@ -852,6 +849,7 @@ def arguments() -> argparse.Namespace:
         parser.error("argument --every: must be a positive, finite number of seconds")
     if options.host == "*":
         parser.error("argument --host: for every address use 0.0.0.0 (IPv4) or :: (IPv6 also)")
+    options.host = (options.host or "0.0.0.0").strip("[]")  # the first line shows an IPv6 address in brackets
     return options
 
 
@@ -918,10 +916,10 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
 
 
 def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return function(*arguments).  An OSError becomes CannotContinue, which says what failed."""
+    """Return function(*arguments).  An error becomes CannotContinue, which says what failed."""
     try:
         return function(*arguments)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise CannotContinue(f"cannot {what}: {why(error)}") from None
 
 
