@@ -444,16 +444,15 @@ class Server:
                     self.seat(sock, name_of(address))
                     reported = ""
             except OSError as error:
-                if error.errno in [getattr(errno, name) for name in NETWORK_ERRORS.split()]:
-                    continue
-                # The connection stays in the backlog, so epoll would report the listener on every wait.
-                if why(error) != reported:
-                    reported = why(error)
-                    self.log.write_line(f"not accepting for now: {reported}")
-                    if error.errno == errno.EMFILE and not self.clients:
-                        self.log.write_line("no descriptor is left for any client (ulimit -n)")
-                self.loop.wake([self.listener.fileno()], time.monotonic() + RETRY_DELAY)
-                yield 0
+                if error.errno not in [getattr(errno, name) for name in NETWORK_ERRORS.split()]:
+                    if why(error) != reported:
+                        reported = why(error)
+                        self.log.write_line(f"not accepting for now: {reported}")
+                        if error.errno == errno.EMFILE and not self.clients:
+                            self.log.write_line("no descriptor is left for any client (ulimit -n)")
+                    # The connection stays in the backlog, so epoll would report the listener on every wait.
+                    self.loop.wake([self.listener.fileno()], time.monotonic() + RETRY_DELAY)
+                    yield 0
 
     def seat(self, sock: socket.socket, address: str) -> None:
         """Give a connection a seat, and start its task.  Begin to serve if enough clients have one."""
@@ -576,7 +575,7 @@ class Server:
 
 
 def listen(options: Any) -> socket.socket:
-    """Return a listener on the host's first usable address, IPv4 before IPv6.  Raises OSError or UnicodeError."""
+    """Return a listener on the host's first usable address, IPv4 before IPv6.  Raises OSError, UnicodeError."""
     # A name in bytes needs no codec for international names, and so no import of three modules.
     name = options.host.encode() if options.host.isascii() else options.host
     errors = []
