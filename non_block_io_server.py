@@ -4,8 +4,7 @@
 The question.  A socket blocks: `recv` waits until data arrives, and the whole program waits with it.
 How can one program serve several connections at once, without processes and without threads?
 
-The answer is an event loop.  Wait for all descriptors in one call.  Then make only calls that
-do not wait:
+The answer is an event loop.  Wait for all descriptors in one call.  Then make only calls that do not wait:
 
     while running:
         for descriptor, events in epoll.poll():    # waits until a descriptor is ready
@@ -575,7 +574,7 @@ class Server:
 
 
 def listen(options: Any) -> socket.socket:
-    """Return a listener on the host's first usable address, IPv4 before IPv6.  Raises OSError, UnicodeError."""
+    """Return a listener on the host's first usable address, IPv4 first.  Raises OSError, UnicodeError."""
     # A name in bytes needs no codec for international names, and so no import of three modules.
     name = options.host.encode() if options.host.isascii() else options.host
     errors = []
