@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
 """A TCP server that serves many clients in one thread and never blocks.
 
-The question.  A socket blocks: `recv` waits until data arrives, and the whole program waits
-with it.  How can one program serve several connections at once, without processes and
-without threads?
+The question.  A socket blocks: `recv` waits until data arrives, and the whole program waits with it.
+How can one program serve several connections at once, without processes and without threads?
 
-The answer is an event loop.  Wait for all descriptors in one call.  Then make only calls that
-do not wait:
+The answer is an event loop.  Wait for all descriptors in one call.  Then make only calls that do not wait:
 
     while running:
         for descriptor, events in epoll.poll():    # waits until a descriptor is ready
@@ -41,7 +39,6 @@ import os
 import re
 import signal
 import socket
-import stat
 import struct
 import sys
 import time
@@ -53,10 +50,9 @@ try:
     import resource
     import termios
     from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, PIPE_BUF, epoll, poll
-    from signal import SIGHUP, SIGINT, SIGTERM
 
-    STOP_SIGNALS = SIGINT, SIGTERM, SIGHUP
-except ImportError:  # macOS, Windows: a program can import this module, but main() needs epoll
+    STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+except (ImportError, AttributeError):  # not Linux: a program can import this module, but not run main()
     epoll = None  # type: ignore[assignment, misc]
 
 TYPE_CHECKING = False  # as in typing, whose import would make the start slower
@@ -83,12 +79,12 @@ SIGNAL_TIMEOUT = 0.1  # seconds to wait for a stop signal when standard output b
 MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) takes no timeout of more than 24 days
 NO_DESCRIPTOR = -1  # the key of the beat's task, which owns no descriptor
 TCP_RTO_MAX_MS = 44  # from linux/tcp.h, since Linux 6.15
-# accept(2): the backlog is empty, or the connection that accept would have returned is broken
-# (errno.errorcode names EOPNOTSUPP ENOTSUP)
+# accept(2): the backlog is empty, or the connection that accept would have returned is broken.
 NETWORK_ERRORS = (
-    "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH ENOTSUP ENETUNREACH"
+    "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH EOPNOTSUPP ENETUNREACH"
 )
 MESSAGE_TITLE = "data received..."
+IN_USE = "address already in use (another program uses this port; stop it, or choose another with --port)"
 OUT_OF_MEMORY = b"out of memory: the server cannot continue"
 
 
@@ -103,6 +99,8 @@ def count(number: int, noun: str) -> str:
 
 def why(error: BaseException) -> str:
     """Return why a call failed, in the system's words if it has any: `No space left on device`."""
+    if getattr(error, "errno", 0) == errno.EADDRINUSE:
+        return IN_USE
     return getattr(error, "strerror", None) or repr(error)
 
 
@@ -152,14 +150,13 @@ class Loop:
     def perform(self, descriptor: int, request: Any) -> None:
         """Do what a task has yielded: wait for its interest, or run a task that it calls in its place.
 
-        If epoll_ctl(2) fails (no memory, too many watches), the task gets the error at its yield,
-        and also if what it has yielded is neither an interest nor a task.
+        A failure (no memory, too many watches, neither an interest nor a task) is raised at its yield.
         """
         before = self.interests[descriptor]
         try:
             if hasattr(request, "send"):  # a call; PEP 342 calls such a loop a trampoline
                 self.callers[request], self.tasks[descriptor] = self.tasks[descriptor], request
-                Loop.resume(self, [(descriptor, None)])
+                Loop.resume(self, [(descriptor, None)])  # a part of this turn, which is traced as one
                 return
             if before and request:
                 self.epoll.modify(descriptor, request)
@@ -207,10 +204,8 @@ class Loop:
         return due.items()
 
     def wake(self, descriptors: Iterable[int], when: float = 0.0) -> None:
-        """Resume tasks without events at `when` (time.monotonic()), or after this batch.
-
-        A task that may be running is resumed in this way: a generator cannot be resumed while it runs.
-        """
+        """Resume tasks without events at `when` (time.monotonic()), or after this batch."""
+        # A task that may be running is resumed in this way: a generator cannot be resumed while it runs.
         self.timers.update(dict.fromkeys(descriptors, when))
 
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
@@ -239,7 +234,7 @@ class Client:
         self.sock, self.descriptor = sock, sock.fileno()
         self.formatter = MessageFormatter(f"{MESSAGE_TITLE} ({name}, {address})\n")
         self.received = self.sent = 0  # bytes
-        self.unsent = b""  # bytes that the protocol has queued: see interest and flush()
+        self.unsent = b""  # bytes that the protocol has queued: see flush()
         self.at_eof = False  # the client has closed or half-closed its side
         self.reason = "left"
 
@@ -247,11 +242,6 @@ class Client:
     def reading(self) -> int:
         """The interest in reading: EPOLLIN, or 0 at the end of file or while standard output is full."""
         return 0 if self.at_eof or self.messages.full else EPOLLIN
-
-    @property
-    def interest(self) -> int:
-        """The interest in reading, and in writing while anything is unsent."""
-        return self.reading | (EPOLLOUT if self.unsent else 0)
 
     def receive(self) -> bytes:
         """Read and print one chunk, at most READ_SIZE bytes; epoll reports the rest again.
@@ -291,14 +281,6 @@ class Client:
         with suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    def has_data(self) -> bool:
-        """Return whether unread data has arrived.  An end of file sets at_eof.  Raises OSError."""
-        try:
-            self.at_eof = not self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        return not self.at_eof
-
     def unread(self) -> int:
         """Return the number of bytes that have arrived and are unread: tcp(7), SIOCINQ.  Raises OSError."""
         return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
@@ -333,9 +315,9 @@ class MessageFormatter:
         return f"{self.header}{indent}{text}\n"
 
 
-# Characters, except letters and digits of all scripts, printable ASCII, tabs and spaces.
-UNUSUAL = "[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]+"
-JOINERS = re.compile("[\u200c\u200d]")  # they form Persian words and emoji families
+JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
+# Runs of characters other than letters, digits, printable ASCII, tabs and spaces; or one joiner.
+UNUSUAL = f"[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000{JOINERS}]+|[{JOINERS}]"
 
 
 def escape(line: str) -> str:
@@ -345,20 +327,12 @@ def escape(line: str) -> str:
     private-use and unassigned characters.  A joiner between two visible characters is kept.
     """
 
-    def is_visible(character: str) -> bool:
-        """Return whether it is one printable character and no space."""
-        return character.isprintable() and character.strip() != ""
-
-    def joins(at: int) -> bool:
-        """Return whether the character is a joiner between two visible characters."""
-        between = is_visible(line[at - 1 : at]) and is_visible(line[at + 1 : at + 2])
-        return between and JOINERS.match(line, at) is not None
-
     def escaped(found: re.Match[str]) -> str:
-        """Return unusual characters, escaped where necessary."""
-        if found[0].isprintable() or not JOINERS.search(found[0]):
-            return "".join(map(escape_character, found[0]))
-        return "".join(line[at] if joins(at) else escape_character(line[at]) for at in range(*found.span()))
+        if found[0] in JOINERS:
+            before, after = line[found.start() - 1 : found.start()], line[found.end() : found.end() + 1]
+            if (before + after).isprintable() and before.strip() and after.strip():
+                return found[0]
+        return "".join(map(escape_character, found[0]))
 
     return re.sub(UNUSUAL, escaped, line)  # re compiles it at its first use
 
@@ -405,10 +379,8 @@ def pings_file() -> int | None:
 
 
 def echo(client: Client) -> Task:
-    """Send each chunk back.  Read nothing while a chunk is unsent: this is backpressure.
-
-    For speed, this repeats the code of client.receive() and client.send() (README: Speed).
-    """
+    """Send each chunk back.  Read nothing while a chunk is unsent: this is backpressure."""
+    # For speed, this repeats the code of client.receive() and client.send() (README: Speed).
     descriptor, messages = client.descriptor, client.messages
     while True:
         yield 0 if messages.full else EPOLLIN
@@ -435,7 +407,7 @@ def heartbeat(client: Client) -> Task:
     """Send one ping per beat.  Skip beats while a ping is unsent, so that unsent data stays bounded."""
     server, beats = client.server, client.server.beats
     while client.unsent or not client.at_eof:
-        events = yield client.interest
+        events = yield client.reading | (EPOLLOUT if client.unsent else 0)
         if events & EPOLLIN:
             client.receive()
         if server.beats > beats and not client.unsent and not client.at_eof:
@@ -448,23 +420,20 @@ def heartbeat(client: Client) -> Task:
 
 
 class Server:
-    """The clients, the start of serving, the beat and the totals.
-
-    A client that finds no free seat waits in the backlog: it is deferred, not refused.
-    """
+    """The clients, the start of serving, the beat and the totals."""
 
     def __init__(self, loop: Loop, options: Any, protocol: Protocol, messages: Output, log: Output) -> None:
         self.loop, self.protocol, self.messages, self.log = loop, protocol, messages, log
         self.seats, self.wait_for, self.every = options.connections, options.wait_for, options.every
         self.unit, self.unit_size = ("ping", len(PING)) if protocol in (flood, heartbeat) else ("byte", 1)
-        self.listener = listen(options)
+        self.listener = attempt(f"listen on {name_of((options.host, options.port))}", listen, options)
         self.clients: dict[int, Client] = {}  # by descriptor
         self.serving = False
         self.accepted = self.served = self.beats = 0
         self.received = self.sent = 0  # bytes and units, of the clients that have disconnected
 
     def accept(self) -> Task:
-        """The listener's task: accept connections while a seat is free."""
+        """The listener's task: accept connections while a seat is free; others wait in the backlog."""
         reported = ""
         while True:
             try:
@@ -474,16 +443,15 @@ class Server:
                     self.seat(sock, name_of(address))
                     reported = ""
             except OSError as error:
-                if errno.errorcode.get(error.errno or 0) in NETWORK_ERRORS.split():
-                    continue
-                # The connection stays in the backlog, so epoll would report the listener on every wait.
-                if reported != error.strerror:
-                    reported = str(error.strerror)
-                    self.log.write_line(f"not accepting for now: {reported}")
-                    if error.errno == errno.EMFILE and not self.clients:
-                        self.log.write_line("no descriptor is left for any client (ulimit -n)")
-                self.loop.wake([self.listener.fileno()], time.monotonic() + RETRY_DELAY)
-                yield 0
+                if error.errno not in [getattr(errno, name) for name in NETWORK_ERRORS.split()]:
+                    if why(error) != reported:
+                        reported = why(error)
+                        self.log.write_line(f"not accepting for now: {reported}")
+                        if error.errno == errno.EMFILE and not self.clients:
+                            self.log.write_line("no descriptor is left for any client (ulimit -n)")
+                    # The connection stays in the backlog, so epoll would report the listener on every wait.
+                    self.loop.wake([self.listener.fileno()], time.monotonic() + RETRY_DELAY)
+                    yield 0
 
     def seat(self, sock: socket.socket, address: str) -> None:
         """Give a connection a seat, and start its task.  Begin to serve if enough clients have one."""
@@ -500,7 +468,7 @@ class Server:
                 self.begin()
 
     def begin(self) -> None:
-        """Begin to serve."""
+        """Begin to serve: let the tasks of the waiting clients go on, and start the beat."""
         self.serving, self.served = True, len(self.clients)
         self.log.write_line(f"serving {count(self.served, 'client')}")
         self.loop.wake(self.clients)
@@ -508,10 +476,7 @@ class Server:
             self.loop.start("beat", NO_DESCRIPTOR, self.beat(), self)
 
     def beat(self) -> Task:
-        """The beat's task: resume all clients at each beat.
-
-        Beats follow a fixed schedule; missed beats are skipped.
-        """
+        """The beat's task: resume all clients at each beat."""
         due = time.monotonic()
         while True:
             self.loop.wake([NO_DESCRIPTOR], due)
@@ -520,16 +485,18 @@ class Server:
             if now >= due:  # else a full output that was drained has woken every task
                 self.beats += 1
                 self.loop.wake(self.clients)
-                due = now + self.every - (now - due) % self.every
+                due = now + self.every - (now - due) % self.every  # on a fixed schedule; skips missed beats
 
     def serve(self, client: Client) -> Task:
         """A client's task: its life from its seat to its end."""
         try:
             client.sock.setblocking(False)
-            while not self.serving and not client.at_eof:  # what the client sends waits in the kernel
-                has_data = client.has_data()
-                if not client.at_eof:
-                    yield 0 if has_data else EPOLLIN
+            interest = EPOLLIN
+            while not self.serving and not client.at_eof:
+                yield interest
+                with suppress(BlockingIOError):
+                    client.at_eof = not client.sock.recv(1, socket.MSG_PEEK)
+                    interest = 0  # what the client sends waits in the kernel
             if not client.at_eof:  # else it is a port probe: it connects, sends nothing and closes
                 failure = yield self.protocol(client)  # a call: `yield from` would cost 2 % of an echo
                 if failure:
@@ -537,8 +504,7 @@ class Server:
         except MemoryError:
             raise
         except Exception as error:  # the connection is broken, or the protocol has a fault
-            reset = isinstance(error, ConnectionError)
-            client.reason = "was reset" if reset else f"was lost ({why(error)})"
+            client.reason = "was reset" if isinstance(error, ConnectionError) else f"was lost ({why(error)})"
             with suppress(OSError, ValueError):  # data that arrived before the error can still be read
                 arrived = client.received + client.unread()
                 while client.received < arrived and not client.at_eof:
@@ -546,10 +512,6 @@ class Server:
                         yield 0
                     client.receive()
             client.break_off()
-        self.release(client)
-
-    def release(self, client: Client) -> None:
-        """Close a connection; the next one in the backlog can have its seat."""
         client.show(b"", final=True)
         del self.clients[client.descriptor]
         with suppress(OSError):  # close(2): the descriptor is free even after an error
@@ -557,11 +519,9 @@ class Server:
         received, sent = client.received, client.sent // self.unit_size
         self.received += received
         self.sent += sent
-        note = "" if self.serving else ", not counted as a client"
-        self.log.write_line(
-            f"{client.name} {client.reason}: {self.totals(received, sent)}{note}, {self.seats_taken()}"
-        )
-        self.loop.wake([self.listener.fileno()])
+        totals = self.totals(received, sent) + ("" if self.serving else ", not counted as a client")
+        self.log.write_line(f"{client.name} {client.reason}: {totals}, {self.seats_taken()}")
+        self.loop.wake([self.listener.fileno()])  # the next connection in the backlog can have the seat
 
     def finish(self) -> None:
         """Serve the data that has arrived.  At exit, the kernel sends each client an end of file."""
@@ -591,12 +551,11 @@ class Server:
         client.show(b"", final=True)
         cut = client.sent % self.unit_size
         if cut:
-            with suppress(OSError):
-                client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
-            if client.send(PING[cut:]) < len(PING) - cut:
-                client.break_off()
-        elif self.unit == "byte" and self.loop.interests[client.descriptor] == EPOLLOUT:
-            client.break_off()  # the protocol has not sent everything, such as the rest of an echo
+            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
+            client.send(PING[cut:])
+        waits_for = self.loop.interests[client.descriptor]
+        if client.sent % self.unit_size or (self.unit == "byte" and waits_for == EPOLLOUT):
+            client.break_off()  # the rest of a ping or of an echo is unsent
 
     def summary(self) -> str:
         """Return the last line of the log."""
@@ -615,27 +574,16 @@ class Server:
 
 
 def listen(options: Any) -> socket.socket:
-    """Return a listener on the first of the host's addresses that can be used.  Raises CannotContinue."""
-    host = options.host or "0.0.0.0"
-    if host.startswith("[") and host.endswith("]"):  # as the first line shows an IPv6 address
-        host = host[1:-1]
+    """Return a listener on the host's first usable address, IPv4 first.  Raises OSError, UnicodeError."""
     # A name in bytes needs no codec for international names, and so no import of three modules.
-    name = host.encode() if host.isascii() else host
-    errors: list[Exception] = []
-    try:
-        for family, _, _, _, address in sorted(socket.getaddrinfo(name, options.port, 0, socket.SOCK_STREAM)):
-            try:
-                return listen_on(family, address, options)
-            except OSError as error:
-                errors.append(error)
-    except (OSError, UnicodeError) as error:  # the name has no address or is not valid
-        errors.append(error)
-    reason = why(errors[0])
-    if getattr(errors[0], "errno", 0) == errno.EADDRINUSE:
-        reason = (
-            "address already in use (another program uses this port; stop it, or choose another with --port)"
-        )
-    raise CannotContinue(f"cannot listen on {name_of((host, options.port))}: {reason}")
+    name = options.host.encode() if options.host.isascii() else options.host
+    errors = []
+    for family, _, _, _, address in sorted(socket.getaddrinfo(name, options.port, 0, socket.SOCK_STREAM)):
+        try:
+            return listen_on(family, address, options)
+        except OSError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def listen_on(family: int, address: Any, options: Any) -> socket.socket:
@@ -660,7 +608,7 @@ def listen_on(family: int, address: Any, options: Any) -> socket.socket:
             if error.errno != errno.ENOPROTOOPT:  # not an option of this kernel, or of IPv4
                 raise
     sock.bind(address)
-    sock.listen(min(max(options.connections, socket.SOMAXCONN), 65535))
+    sock.listen(min(max(options.connections, socket.SOMAXCONN), 65535))  # all seats may be wanted at once
     sock.setblocking(False)  # a connection may vanish after epoll has reported it
     return sock
 
@@ -669,35 +617,28 @@ def listen_on(family: int, address: Any, options: Any) -> socket.socket:
 
 
 class Output:
-    """A queue for standard output or standard error, which may stall like any peer.
+    """A queue for standard output or standard error, which may stall like any peer."""
 
-    Text that is queued during a batch of events is written after the batch.
-    """
-
-    def __init__(self, loop: Loop, stream: TextIO | None, name: str) -> None:
+    def __init__(self, loop: Loop, name: str, stream: TextIO | None) -> None:
         """`stream` is None if the output was closed before the start, or is not wanted."""
         self.loop, self.name, self.open = loop, name, stream is not None
         self.queue = bytearray()
         self.full = False  # set above OUTPUT_LIMIT, reset when everything is written
         self.dropped = 0  # log lines
-        self.failure = ""  # why the output is no longer written
-        self.lost = 0  # bytes that were not written since then
+        self.failure = ""  # why nothing more is written
+        self.lost = 0  # bytes that were queued and not written
         if stream is not None:
             self.descriptor, self.encoding = stream.fileno(), stream.encoding
-            self.write_some = nonblocking_writer(self.descriptor)
+            self.status = attempt(f"use {name}", os.fstat, self.descriptor)
+            self.target, self.write_limit = nonblocking(self.descriptor)
 
     def write(self, text: str) -> None:
         """Queue text.  The caller must check `full` first, because the queue has no limit."""
-        if not self.open or not text:
-            return
-        data = text.encode(self.encoding, "backslashreplace")
-        if self.failure:
-            self.lost += len(data)
-            return
-        if not self.queue:
-            self.loop.wake([self.descriptor])
-        self.queue += data
-        self.full = self.full or len(self.queue) > OUTPUT_LIMIT
+        if self.open and text:
+            if not self.queue:
+                self.loop.wake([self.descriptor])  # everything is written after this batch of events
+            self.queue += text.encode(self.encoding, "backslashreplace")
+            self.full = self.full or len(self.queue) > OUTPUT_LIMIT
 
     def write_line(self, line: str) -> None:
         """Queue a line of the log, or drop and count it while the output is full."""
@@ -727,53 +668,41 @@ class Output:
                 yield 0
 
     def flush(self) -> None:
-        """Write as much as the kernel accepts now."""
+        """Write as much as the kernel accepts now.  After a failure, drop the queue and count its bytes."""
         try:
-            while self.queue:
-                del self.queue[: self.write_some(self.queue)]
+            while self.queue and not self.failure:
+                if self.write_limit and not is_ready(self.descriptor, EPOLLOUT, 0.0):
+                    break
+                del self.queue[: write(self.target, self.queue[: self.write_limit])]
         except BlockingIOError:
             pass
         except OSError as error:
-            self.give_up(f"can no longer be written: {why(error)}")
+            self.failure = f"can no longer be written: {why(error)}"
+        if self.failure:
+            self.lost += len(self.queue)
+            self.queue.clear()
 
     def drain(self) -> None:
         """Write everything and wait for the reader: FLUSH_TIMEOUT for each write, DRAIN_TIMEOUT for all."""
         deadline = time.monotonic() + DRAIN_TIMEOUT
         self.flush()
         while self.queue:
-            if time.monotonic() < deadline and is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
-                self.flush()
-            else:
-                self.give_up("has stalled")
+            if time.monotonic() > deadline or not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
+                self.failure = "has stalled"
+            self.flush()
         self.full = False
 
-    def give_up(self, failure: str) -> None:
-        """Stop writing, and begin to count the lost bytes."""
-        self.failure, self.lost = failure, len(self.queue)
-        self.queue.clear()
 
-
-def nonblocking_writer(descriptor: int) -> Callable[[bytearray], int]:
-    """Return a write function that raises BlockingIOError instead of waiting.
-
-    O_NONBLOCK on an inherited descriptor affects every process that shares it, such as the shell
-    (fcntl(2)).  So open the pipe or terminal again.
-    """
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a file has no reader to wait for
-        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        try:
-            descriptor = os.open(f"/proc/self/fd/{descriptor}", flags)
-        except OSError:  # a socket, another user's terminal (after su), or no /proc
-            return functools.partial(write_if_ready, descriptor)
-    return functools.partial(write, descriptor)
-
-
-def write_if_ready(descriptor: int, data: bytearray) -> int:
-    """Write as many bytes as certainly do not block; return how many.  Raises OSError."""
-    if not is_ready(descriptor, EPOLLOUT, 0.0):
-        raise BlockingIOError
-    size = 1 if os.isatty(descriptor) else PIPE_BUF  # that much does not block: pipe(7)
-    return write(descriptor, data[:size])
+def nonblocking(descriptor: int) -> tuple[int, int | None]:
+    """Return a descriptor of the same output, and how many bytes it accepts when it is ready (None: any)."""
+    if os.path.isfile(descriptor):  # a file has no reader to wait for
+        return descriptor, None
+    # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again.
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", flags), None
+    except OSError:  # a socket, another user's terminal (after su), or no /proc
+        return descriptor, 1 if os.isatty(descriptor) else PIPE_BUF  # pipe(7)
 
 
 def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
@@ -803,11 +732,8 @@ def ignore_signals() -> None:
 
 
 def stop_signal(loop: Loop) -> Task:
-    """The signal pipe's task: end the loop after the current batch of events.
-
-    The pipe is never drained: its first byte ends the loop, and further bytes do no harm.
-    """
-    while not (yield EPOLLIN):
+    """The signal pipe's task: end the loop after the current batch of events."""
+    while not (yield EPOLLIN):  # the pipe is never drained: its first byte ends the loop
         pass
     loop.running = False
 
@@ -816,38 +742,31 @@ def stop_signal(loop: Loop) -> Task:
 
 
 class TracedLoop(Loop):
-    """A loop that logs what it does (--trace): a cause first, then its effects, indented.
-
-    Polls that report nothing are not logged, nor are the outputs: each line would cause another.
-    """
+    """A loop that logs what it does (--trace): a cause first, then its effects, indented."""
 
     log: Output  # run() sets it before the first task starts
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.began = time.monotonic()
+    start_time = time.monotonic()
 
     def trace(self, text: str) -> None:
-        """Log a line: the time in seconds, and the text."""
-        self.log.write_line(f"{time.monotonic() - self.began:8.3f}  {text}")
+        """Log a line: the seconds since the start, and the text."""
+        self.log.write_line(f"{time.monotonic() - self.start_time:8.3f}  {text}")
 
     def wait(self) -> Iterable[tuple[int, int]]:
         """Loop.wait, traced: how many descriptors are ready, and how long that took."""
-        began = time.monotonic()
+        before = time.monotonic()
         ready = list(super().wait())
-        if ready:
-            self.trace(f"epoll_wait: {len(ready)} ready after {time.monotonic() - began:.3f} s")
+        if ready:  # polls that report nothing are not logged
+            self.trace(f"epoll_wait: {len(ready)} ready after {time.monotonic() - before:.3f} s")
         return ready
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
         """Loop.resume, traced: which task is resumed and why, then what it has done."""
         for descriptor, events in batch:
             name, counted = self.traced[descriptor]
-            counters = getattr(counted, "__dict__", {})
-            before, interest, place = counters.copy(), self.interests[descriptor], len(self.log.queue)
             if name and events is not None:
                 self.trace(f"{'' if name == 'beat' else '  '}{name}: {event_names(events) or 'resumed'}")
-                place = len(self.log.queue)
+            counters = getattr(counted, "__dict__", {})
+            before, interest, place = counters.copy(), self.interests[descriptor], len(self.log.queue)
             super().resume([(descriptor, events)])
             later = self.log.queue[place:]  # the lines that the task itself has logged
             del self.log.queue[place:]
@@ -920,22 +839,22 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.wait_for is None:
         options.wait_for = options.connections
-    bounds = {"port": (0, 65535), "connections": (1, 10**7), "wait_for": (1, options.connections)}
-    for name, (least, most) in bounds.items():
+    seats = options.connections
+    for name, least, most in ("port", 0, 65535), ("connections", 1, 10**7), ("wait_for", 1, seats):
         if not least <= getattr(options, name) <= most:
             parser.error(f"argument --{name.replace('_', '-')}: must be from {least} to {most}")
     if options.every is not None and not 0 < options.every < float("inf"):
         parser.error("argument --every: must be a positive, finite number of seconds")
     if options.host == "*":
         parser.error("argument --host: for every address use 0.0.0.0 (IPv4) or :: (IPv6 also)")
+    options.host = (options.host or "0.0.0.0").strip("[]")  # the first line shows an IPv6 address in brackets
     return options
 
 
 def main(protocol: Protocol = flood) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP, as the command line says; then raise SystemExit.
+    """Serve as the command line says, until a signal or a failure; then raise SystemExit (see EPILOG).
 
-    `protocol` serves each client unless --echo or --every is given.  The exit status is 0 after a
-    signal, 1 if the server cannot continue (one line on standard error says why), 2 for wrong usage.
+    `protocol` serves each client unless --echo or --every is given.
     """
     try:
         options = arguments()
@@ -957,11 +876,9 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
     """Start the tasks, run the loop, and write the last lines.  Return the exit status."""
     signals = attempt("catch signals", catch_signals)
     loop = attempt("create an epoll instance", TracedLoop if options.trace else Loop)
-    stdout = None if options.quiet else sys.stdout
-    messages = attempt("use standard output", Output, loop, stdout, "standard output")
-    log = attempt("use standard error", Output, loop, sys.stderr, "standard error")
-    same = messages.open and log.open and (messages.descriptor, log.descriptor)
-    if same and attempt("compare the outputs", os.path.sameopenfile, *same):
+    messages = Output(loop, "standard output", None if options.quiet else sys.stdout)
+    log = Output(loop, "standard error", sys.stderr)
+    if messages.open and log.open and os.path.samestat(messages.status, log.status):
         log = messages  # two queues would write into the middle of each other's lines
     server = Server(loop, options, protocol, messages, log)
     address = name_of(attempt("read the listener's address", server.listener.getsockname))
@@ -997,28 +914,24 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
 
 
 def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return function(*arguments).  An OSError becomes CannotContinue, which says what failed."""
+    """Return function(*arguments).  An error becomes CannotContinue, which says what failed."""
     try:
         return function(*arguments)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise CannotContinue(f"cannot {what}: {why(error)}") from None
 
 
-def raise_file_limit(needed: int, log: Output) -> None:
+def raise_file_limit(need: int, log: Output) -> None:
     """Raise the soft limit on open files, as far as the hard limit allows; log a warning if it is too low."""
     try:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < needed:  # negative: RLIM_INFINITY
-            limit = needed if hard < 0 else min(needed, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            if limit < needed:
-                log.write_line(
-                    f"the seats need {needed:,} open files, but the hard limit is {hard:,} (ulimit -Hn)"
-                )
+        if soft < need:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), hard))
+        if hard < need:
+            log.write_line(f"the seats need {need:,} open files, but the hard limit is {hard:,} (ulimit -Hn)")
     except (OSError, ValueError) as error:
-        log.write_line(
-            f"cannot raise the limit on open files to {needed:,}: {getattr(error, 'strerror', error)}"
-        )
+        reason = getattr(error, "strerror", error)
+        log.write_line(f"cannot raise the limit on open files to {need:,}: {reason}")
 
 
 if __name__ == "__main__":
