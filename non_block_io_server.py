@@ -535,19 +535,22 @@ class Server:
                 client.break_off()
 
     def finish_client(self, client: Client, deadline: float) -> None:
-        """Read all data that has arrived, and data that follows before the deadline; complete a cut ping."""
-        arrived, progress = client.received + client.unread(), True
+        """Serve all data that has arrived, and data that follows before the deadline; complete a cut ping."""
+        arrived, stuck = client.received + client.unread(), False
         while client.received < arrived or time.monotonic() < deadline:
             if self.messages.full:
                 self.messages.drain()
             before = client.received + client.sent
-            if progress:
+            if stuck:
+                client.receive()  # printed, but never served: after this, the stream would have a hole
+            else:
                 self.loop.resume([(client.descriptor, EPOLLIN)])
-                progress = client.received + client.sent > before
                 if client.descriptor not in self.clients:
                     return
-            elif not client.receive():  # such as an echo whose client does not read
-                break
+            if client.received + client.sent == before:
+                if stuck or self.loop.interests[client.descriptor] & EPOLLIN:
+                    break  # nothing more has arrived
+                stuck = True  # such as an echo whose client does not read
         client.show(b"", final=True)
         cut = client.sent % self.unit_size
         if cut:
