@@ -12,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator
+from typing import IO, Any, Callable, Iterable, Iterator
 
 import pytest
 
@@ -180,6 +181,13 @@ class Server:
                 stream.going.set()
                 stream.thread.join(DEADLINE)
                 stream.pipe.close()
+
+
+def at_once(check: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
+    """Check all cases at the same time, because most of them wait; return the results."""
+    cases = list(cases)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return list(pool.map(check, cases))
 
 
 def read_exactly(client: socket.socket, size: int) -> bytes:
