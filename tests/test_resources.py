@@ -669,13 +669,10 @@ def test_an_option_that_the_kernel_does_not_know_is_ignored(start: Start, failin
 
 def timer_of(client: socket.socket) -> tuple[int, float]:
     """Return the kernel's timer for the server's end of the connection, and when it expires: proc(5)."""
-    ends = [f"{address[1]:04X}" for address in (client.getpeername(), client.getsockname())]
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, remote, _, _, timer, *_ = line.split()
-        if [local.split(":")[1], remote.split(":")[1]] == ends:
-            kind, when = timer.split(":")
-            return int(kind, 16), int(when, 16) / os.sysconf("SC_CLK_TCK")
-    raise AssertionError("no such connection")
+    ends = rf" \w+:{client.getpeername()[1]:04X} \w+:{client.getsockname()[1]:04X} "
+    found = re.search(rf"{ends}\w+ \w+:\w+ (\w+):(\w+) ", Path("/proc/net/tcp").read_text())
+    assert found, "no such connection"
+    return int(found[1], 16), int(found[2], 16) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.parametrize("options", [[], ["--echo", "--wait-for", "1"]])
