@@ -29,7 +29,7 @@ HOW = {  # the lecture's script shows it, lest it should fail for some other rea
 @pytest.fixture(scope="module")
 def observations() -> Iterator[dict[str, Future[list[faults.Seen]]]]:
     """What was observed of each fault; a few are observed at a time, as some have to wait."""
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(6) as pool:
         futures = {name: pool.submit(faults.observe, name) for name in faults.FAULTS}
         yield futures
         for future in futures.values():
