@@ -144,14 +144,14 @@ class Server:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return re.findall(r"^(?:State|voluntary_ctxt_switches):\s+(\w+)", text, re.MULTILINE)
 
-    def settled(self) -> None:
-        """Wait until the server sleeps and nothing has woken it for 50 ms.
+    def settled(self, seconds: float = 0.02) -> None:
+        """Wait until the server sleeps and nothing has woken it for some time.
 
         A server that spins, or that wakes again and again, never settles.
         """
         end, before, unchanged = time.monotonic() + DEADLINE, self.activity(), 0
         while unchanged < 10:
-            time.sleep(0.005)
+            time.sleep(seconds / 10)
             now = self.activity()
             assert now[0] != "Z", f"it has ended:\n{self.err.text[-3000:]}"
             assert time.monotonic() < end, "it never sleeps"

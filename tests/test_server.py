@@ -304,13 +304,13 @@ def test_a_client_that_sent_a_message_and_left_counts_while_a_probe_does_not(sta
 
 def test_nothing_is_polled_while_nothing_happens(start: Start) -> None:
     server = start()
-    server.settled()  # nobody there
+    server.settled(0.1)  # nobody there
     server.seat()
-    server.settled()  # one waits
+    server.settled(0.1)  # one waits
     server.seat()
-    server.settled()  # two that do not read
+    server.settled(0.1)  # two that do not read
     server.connect()
-    server.settled()  # one waits in the backlog
+    server.settled(0.1)  # one waits in the backlog
 
 
 @pytest.mark.parametrize("leave", [lambda client: client.close(), reset])
@@ -319,7 +319,7 @@ def test_nothing_is_polled_when_all_have_left(start: Start, leave: Callable[[soc
     for client in (server.seat(), server.seat()):
         leave(client)
     server.err.wait_for("0 of 2 seats taken")
-    server.settled()
+    server.settled(0.1)
 
 
 def test_an_event_of_a_task_that_the_same_batch_has_ended_does_no_harm() -> None:
