@@ -7,18 +7,39 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Iterator
 
+import pytest
 from conftest import ROOT, at_once
 
+Result = subprocess.CompletedProcess
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+
+def run(*command: str) -> Result[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_soaks() -> None:
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that the benchmark writes."""
+    return tmp_path_factory.mktemp("benchmark") / "figures"
+
+
+@pytest.fixture(scope="module")
+def results(figures: Path) -> Iterator[list[Future[Result[str]]]]:
+    """The soak and the benchmark, which run at the same time, because the soak mostly waits."""
+    with ThreadPoolExecutor() as pool:
+        yield [
+            pool.submit(run, "tests/soak.py", "--quick", "--seconds", "1", "--seed", "1"),
+            pool.submit(run, "tests/benchmark", "--quick", "--json", str(figures)),
+        ]
+
+
+def test_soaks(results: list[Future[Result[str]]]) -> None:
     """A short soak can fail: each of its modes still serves 20 random clients and goes through every turn."""
-    result = run("tests/soak.py", "--quick", "--seconds", "1", "--seed", "1")
+    result = results[0].result()
     assert result.returncode == 0, result.stderr[-3000:]
     line = result.stdout.splitlines()[-1]
     found = re.match(
@@ -28,14 +49,14 @@ def test_soaks() -> None:
     assert all(int(figure.replace(",", "")) > 10 for figure in found.groups())
 
 
-def test_measures(tmp_path: Path) -> None:
-    result = run("tests/benchmark", "--quick", "--json", str(tmp_path / "figures"))
+def test_measures(results: list[Future[Result[str]]], figures: Path) -> None:
+    result = results[1].result()
     assert result.returncode == 0, result.stderr[-3000:]
     assert re.match(r"this takes about \d+ s;", result.stderr)
     assert max(map(len, result.stdout.splitlines())) <= 100
-    figures = json.loads((tmp_path / "figures").read_text())
-    assert figures["complete"]
-    assert {"start", "client pings", "client file", "pings", "echo 1", "echo 100"} <= figures.keys()
+    measured = json.loads(figures.read_text())
+    assert measured["complete"]
+    assert {"start", "client pings", "client file", "pings", "echo 1", "echo 100"} <= measured.keys()
 
 
 def test_a_part_alone() -> None:
