@@ -26,6 +26,10 @@ sys.path.insert(0, str(ROOT))
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # not in every user's PATH; HAProxy and ss may be there
 DEADLINE = 15.0  # seconds until a test gives up to wait for what should happen at once
 
+for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+    if signal.getsignal(number) == signal.SIG_IGN:  # by nohup(1), or in a background job: programs inherit it
+        signal.signal(number, lambda *_: None)  # as before for this process, but not inherited
+
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures
 def pytest_runtest_setup() -> None:
