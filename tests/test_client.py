@@ -757,12 +757,15 @@ def test_a_message_may_begin_with_a_dash(launch: Launch) -> None:
     client.ended(0)
 
 
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE"
+
+
 @pytest.mark.parametrize(
     ("before", "reason"),
     [
         ("client.SIZE = 1 << 60", "out of memory"),
-        ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5))", "Too many open files"),
-        ("[os.dup(0) for _ in range(1100)]", "select"),
+        (f"{LIMIT}, (5, 5))", "Too many open files"),
+        (f"{LIMIT}, (2000, 2000)); [os.dup(0) for _ in range(1100)]", "select"),
     ],
 )
 def test_what_makes_it_give_up_is_said_in_one_line(launch: Launch, before: str, reason: str) -> None:
