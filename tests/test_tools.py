@@ -7,9 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 from conftest import ROOT, at_once
@@ -28,18 +26,16 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(figures: Path) -> Iterator[list[Future[Result[str]]]]:
+def results(figures: Path) -> list[Result[str]]:
     """The soak and the benchmark, which run at the same time, because the soak mostly waits."""
-    with ThreadPoolExecutor() as pool:
-        yield [
-            pool.submit(run, "tests/soak.py", "--quick", "--seconds", "1", "--seed", "1"),
-            pool.submit(run, "tests/benchmark", "--quick", "--json", str(figures)),
-        ]
+    soak = "tests/soak.py", "--quick", "--seconds", "1", "--seed", "1"
+    benchmark = "tests/benchmark", "--quick", "--json", str(figures)
+    return at_once(lambda command: run(*command), [soak, benchmark])
 
 
-def test_soaks(results: list[Future[Result[str]]]) -> None:
+def test_soaks(results: list[Result[str]]) -> None:
     """A short soak can fail: each of its modes still serves 20 random clients and goes through every turn."""
-    result = results[0].result()
+    result = results[0]
     assert result.returncode == 0, result.stderr[-3000:]
     line = result.stdout.splitlines()[-1]
     found = re.match(
@@ -49,8 +45,8 @@ def test_soaks(results: list[Future[Result[str]]]) -> None:
     assert all(int(figure.replace(",", "")) > 10 for figure in found.groups())
 
 
-def test_measures(results: list[Future[Result[str]]], figures: Path) -> None:
-    result = results[1].result()
+def test_measures(results: list[Result[str]], figures: Path) -> None:
+    result = results[1]
     assert result.returncode == 0, result.stderr[-3000:]
     assert re.match(r"this takes about \d+ s;", result.stderr)
     assert max(map(len, result.stdout.splitlines())) <= 100
