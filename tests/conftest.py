@@ -12,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator
+from typing import IO, Any, Callable, Iterable, Iterator
 
 import pytest
 
@@ -24,6 +25,10 @@ CLIENT = str(ROOT / "client.py")
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # not in every user's PATH; HAProxy and ss may be there
 DEADLINE = 15.0  # seconds until a test gives up to wait for what should happen at once
+
+for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+    if signal.getsignal(number) == signal.SIG_IGN:  # by nohup(1), or in a background job: programs inherit it
+        signal.signal(number, lambda *_: None)  # as before for this process, but not inherited
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures
@@ -89,7 +94,7 @@ class Stream:
         """All of it, to the end of the pipe."""
         self.going.set()
         self.thread.join(DEADLINE)
-        assert self.ended
+        assert self.ended, f"the stream does not end:\n{self.text[-3000:]}"
         return self.text
 
 
@@ -138,23 +143,24 @@ class Server:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
-    def sleeps(self) -> bool:
-        """Whether the server waits in the kernel, and was not woken for a while.
+    def activity(self) -> list[str]:
+        """Return the state of the process, and how often it went to sleep."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return re.findall(r"^(?:State|voluntary_ctxt_switches):\s+(\w+)", text, re.MULTILINE)
 
-        A process that spins, or wakes to look, switches contexts or burns processor time.
+    def settled(self, seconds: float = 0.02) -> None:
+        """Wait until the server sleeps and nothing has woken it for some time.
+
+        A server that spins, or that wakes again and again, never settles.
         """
-
-        def state() -> tuple[str, ...]:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-            return fields[0], fields[11], fields[12], str(self.status("voluntary_ctxt_switches"))
-
-        before = state()
-        time.sleep(0.05)
-        return before == state() and before[0] == "S"
-
-    def settled(self) -> None:
-        """Wait until the server has nothing more to do."""
-        eventually(self.sleeps, "the server goes to sleep")
+        end, before, unchanged = time.monotonic() + DEADLINE, self.activity(), 0
+        while unchanged < 10:
+            time.sleep(seconds / 10)
+            now = self.activity()
+            assert now[0] != "Z", f"it has ended:\n{self.err.text[-3000:]}"
+            assert time.monotonic() < end, "it never sleeps"
+            unchanged = unchanged + 1 if now == before and now[0] == "S" else 0
+            before = now
 
     def stop(self, number: int = signal.SIGTERM, status: int = 0) -> str:
         """Stop it; it must end with the status, and without a traceback.  Returns its standard error."""
@@ -163,8 +169,8 @@ class Server:
         return self.ended(status)
 
     def ended(self, status: int) -> str:
-        assert self.process.wait(DEADLINE) == status, self.err.text
-        text = self.err.rest()
+        text = self.err.rest()  # before wait(), which notices the end of a process later
+        assert self.process.wait(DEADLINE) == status, text
         assert "Traceback" not in text, text
         return text
 
@@ -179,6 +185,13 @@ class Server:
                 stream.going.set()
                 stream.thread.join(DEADLINE)
                 stream.pipe.close()
+
+
+def at_once(check: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
+    """Check all cases at the same time, because most of them wait; return the results."""
+    cases = list(cases)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return list(pool.map(check, cases))
 
 
 def read_exactly(client: socket.socket, size: int) -> bytes:

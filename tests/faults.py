@@ -221,8 +221,8 @@ def idle(start: Start) -> Seen:
     for client in server.clients():
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     server.until(lambda: server.watched(0.1) == (0, 0, "S"))  # the connections are full
-    _, times, _ = server.watched(2.2)
-    return times > 0, f"wakes {times} times in 2.2 s"
+    _, times, _ = server.watched(1.2)
+    return times > 0, f"wakes {times} times in 1.2 s"
 
 
 def third(start: Start) -> Seen:

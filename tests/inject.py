@@ -436,10 +436,10 @@ class Run:
         self.send_signal(signal.SIGTERM)
         self.send_signal(signal.SIGCONT)
         try:
-            self.process.wait(DEADLINE)
-        except subprocess.TimeoutExpired:
-            self.wrongs.append("does not stop")
-            self.process.kill()
+            self.until(lambda: self.is_dead() or self.lost_wake_up(), "it stops")
+        except Loss as wrong:
+            self.wrongs.append(str(wrong))
+        self.process.kill()
         self.last_word = True
         for life in self.lives:
             life.result()
@@ -453,6 +453,10 @@ class Run:
             if "(INJECTED" in line or "si_code=SI_KERNEL" in line:
                 return line
         return ""
+
+    def lost_wake_up(self) -> bool:
+        """Whether the fault is one that the kernel never causes: a signal that does not wake the server."""
+        return bool(WAKE_UP.match(self.injected()))
 
     def struck(self) -> set[str]:
         """What the fault has hit: "A", "B", "C", "output", "log", or some other file."""
@@ -582,9 +586,9 @@ def cases_of(mode: str, plain: Plain) -> Iterator[Case]:
 def trial(script: str, case: Case, plain: Plain) -> tuple[bool, str]:
     """Run a case; return whether the fault was reached, and what was wrong."""
     run = Run(script, case, plain)
-    injected = run.injected()
-    if WAKE_UP.match(injected):  # the kernel never refuses this byte; if strace does, Python complains
+    if run.lost_wake_up():
         return False, ""
+    injected = run.injected()
     run.judge()
     if plain.cpu + CPU < run.cpu:
         run.wrongs.append(f"used {run.cpu:.2f} s of processor time, and {plain.cpu:.2f} s without the fault")

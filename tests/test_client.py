@@ -14,15 +14,17 @@ import subprocess
 import sys
 import termios
 from contextlib import ExitStack, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import pytest
-from conftest import CLIENT, DEADLINE, ROOT, Server, Stream, eventually, read_all, read_exactly
+from conftest import CLIENT, DEADLINE, ROOT, Server, Stream, at_once, eventually, read_all, read_exactly
 
 from client import PingParser
 
 PIPE, NULL = subprocess.PIPE, subprocess.DEVNULL
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TTY = object()  # as a standard stream: a terminal of the client's own
 ASCII = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 IMPATIENT = "assert client.GRACE; client.GRACE = client.SILENCE = client.QUIET = 0.01"  # seconds
@@ -274,27 +276,26 @@ def test_controls_are_harmless_on_a_terminal(launch: Launch, stdout: Any, size: 
 FAMILY, PERSIAN = "\U0001f468\u200d\U0001f469", "\u0645\u06cc\u200c\u062e"
 
 
+ESCAPED = {
+    "caf\u00e9 \u4e2d\u6587 e\u0301 \U0001f600\ufe0f": None,
+    f"{FAMILY} {PERSIAN}": None,
+    "\t|\xa0|\u1680|\u2000|\u200a|\u202f|\u205f|\u3000|": None,
+    "\u2028|\u2029|\x85|\x0b|\x0c|": r"\u2028|\u2029|\x85|\x0b|\x0c|",
+    "\u202e|\u2066|\u200f|\u061c|": r"\u202e|\u2066|\u200f|\u061c|",
+    "\u200b|\xad|\ufeff|\u2060|\u180e|": r"\u200b|\xad|\ufeff|\u2060|\u180e|",
+    "\U000e0041|\ue000|\U0010ffff|\u0378|": r"\U000e0041|\ue000|\U0010ffff|\u0378|",
+    "\u200d\u200d|a \u200d|a\u200c": r"\u200d\u200d|a \u200d|a\u200c",
+    "a\u200d\u202e|\u200d": r"a\u200d\u202e|\u200d",
+    "one\r\ntwo\r|\r\r\n\n\r": "one\ntwo\\x0d|\\x0d\n\n\\x0d",
+}
+
+
 @pytest.mark.parametrize("size", [1, 2, 262144])
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("caf\u00e9 \u4e2d\u6587 e\u0301 \U0001f600\ufe0f", None),
-        (f"{FAMILY} {PERSIAN}", None),
-        ("\t|\xa0|\u1680|\u2000|\u200a|\u202f|\u205f|\u3000|", None),
-        ("\u2028|\u2029|\x85|\x0b|\x0c|", r"\u2028|\u2029|\x85|\x0b|\x0c|"),
-        ("\u202e|\u2066|\u200f|\u061c|", r"\u202e|\u2066|\u200f|\u061c|"),
-        ("\u200b|\xad|\ufeff|\u2060|\u180e|", r"\u200b|\xad|\ufeff|\u2060|\u180e|"),
-        ("\U000e0041|\ue000|\U0010ffff|\u0378|", r"\U000e0041|\ue000|\U0010ffff|\u0378|"),
-        ("\u200d\u200d|a \u200d|a\u200c\n", "\\u200d\\u200d|a \\u200d|a\\u200c\n"),
-        ("a\u200d\u202e|\u200d", r"a\u200d\u202e|\u200d"),
-        ("one\r\ntwo\r|\r\r\n\n\r", "one\ntwo\\x0d|\\x0d\n\n\\x0d"),
-    ],
-)
-def test_what_is_escaped_on_a_terminal(launch: Launch, text: str, shown: str | None, size: int) -> None:
+def test_what_is_escaped_on_a_terminal(launch: Launch, size: int) -> None:
     client = launch(stdout=TTY, before=f"assert client.SIZE; client.SIZE = {size}")
-    client.answer(text.encode())
+    client.answer("\n".join(ESCAPED).encode())
     client.ended(0)
-    assert client.shown().decode() == (shown or text)
+    assert client.shown().decode() == "\n".join(shown or text for text, shown in ESCAPED.items())
 
 
 @pytest.mark.parametrize(("stdin", "stdout"), [(TTY, TTY), (NULL, TTY), (NULL, PIPE)])
@@ -348,7 +349,7 @@ def test_a_reader_that_leaves_is_said(start: Start, launch: Launch) -> None:
 
 def test_a_full_output_is_said(launch: Launch) -> None:
     with open("/dev/full", "wb") as output:
-        client = launch(stdin=PIPE, stdout=output)
+        client = launch(stdin=PIPE, stdout=output, before=IMPATIENT)
     client.server.sendall(b"hello")
     assert read_all(client.server) == b""  # and the server need not close
     assert client.line().startswith("standard output can no longer be written: No space left on device; sent")
@@ -557,26 +558,28 @@ def test_the_prompt_goes_to_standard_error_or_nowhere(launch: Launch, redirect: 
     assert client.shown() == b"shown\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_in_the_midst_of_pings_loses_none(start: Start, launch: Launch, number: int) -> None:
-    server = start("--connections", "1", "--quiet")
-    for seat in range(1, 6):
+def test_a_signal_in_the_midst_of_pings_loses_none(start: Start, launch: Launch) -> None:
+    server = start("--connections", "3", "--wait-for", "1", "--quiet")
+
+    def interrupt(number: int) -> str:
         client = launch(port=server.port, stdin=TTY, stdout=TTY)
         client.type(b"x\n")
         client.messages("so far$")
         client.process.send_signal(number)
-        line = client.line(0)
-        left = server.err.wait_for(rf"^client {seat} left: 2 bytes received, ([\d,]+ pings?) sent, 0 of")
-        assert line == f"sent 1 message, 2 bytes; received {left[1]}"
+        return client.line(0)
+
+    lines = at_once(interrupt, SIGNALS)
+    left = re.findall(r"^client \d left: (2 bytes) received, ([\d,]+ pings?) sent", server.stop(), re.M)
+    assert sorted(lines) == sorted(f"sent 1 message, {sent}; received {pings}" for sent, pings in left)
 
 
 def test_ctrl_c_at_a_terminal(launch: Launch) -> None:
     takes = "os.open(os.ttyname(0), os.O_RDWR)"  # makes it the controlling terminal: tty_ioctl(4)
     client = launch(stdin=TTY, stdout=TTY, before=takes, start_new_session=True)
     client.type(b"hello\n")
-    client.messages("0 pings so far$")
+    assert read_exactly(client.server, 6) == b"hello\n"
     client.type(b"\3")
-    assert client.answer(b"ping") == b"hello\n"
+    assert client.answer(b"ping") == b""
     assert client.line(0) == "sent 1 message, 6 bytes; received 1 ping"
 
 
@@ -606,7 +609,7 @@ def test_a_signal_that_is_sent_twice_is_one_signal(launch: Launch) -> None:
 
 def test_what_a_signal_leaves_unsent_is_said(launch: Launch) -> None:
     with open("/dev/zero", "rb") as endless:
-        client = launch(stdin=endless)
+        client = launch(stdin=endless, before=IMPATIENT)
     client.settled()  # the sockets are full
     client.process.send_signal(signal.SIGTERM)
     assert re.match(
@@ -623,7 +626,7 @@ def test_a_signal_is_not_answered_like_a_line(launch: Launch) -> None:
     assert client.ended(0) == "> \nsent 1 message, 6 bytes; received 1 ping\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_is_ignored_stays_ignored(launch: Launch, number: int) -> None:
     client = launch(stdin=PIPE, before=f"import signal; signal.signal({int(number)}, signal.SIG_IGN)")
     client.server.sendall(b"shown\n")
@@ -635,12 +638,12 @@ def test_a_signal_that_is_ignored_stays_ignored(launch: Launch, number: int) -> 
     client.ended(0)
 
 
-def unread(kind: str, folder: Path) -> tuple[int, int]:
+def unread(kind: str, path: Path) -> tuple[int, int]:
     """Return two descriptors: one of an output that nobody reads, and the one that keeps it open."""
     if kind == "fifo":
-        os.mkfifo(folder / "fifo")
-        reader = os.open(folder / "fifo", os.O_RDONLY | os.O_NONBLOCK)
-        return os.open(folder / "fifo", os.O_WRONLY), reader
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        return os.open(path, os.O_WRONLY), reader
     if kind == "socket":
         ours, theirs = socket.socketpair()
         return theirs.detach(), ours.detach()
@@ -651,28 +654,35 @@ def unread(kind: str, folder: Path) -> tuple[int, int]:
 NO_REOPEN = (
     "real = os.open; os.open = lambda path, *how: real('/dev/fd/1' == path and '/nowhere' or path, *how)"
 )
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize(
-    ("kind", "before"),
-    [("pipe", ""), ("fifo", ""), ("socket", ""), ("terminal", ""), ("pipe", NO_REOPEN), ("fifo", NO_REOPEN)],
+UNREAD = (
+    ("pipe", ""),
+    ("fifo", ""),
+    ("socket", ""),
+    ("terminal", ""),
+    ("pipe", NO_REOPEN),
+    ("fifo", NO_REOPEN),
 )
-def test_a_signal_ends_it_though_nobody_reads_its_output(
-    launch: Launch, tmp_path: Path, kind: str, number: int, before: str
-) -> None:
-    writer, reader = unread(kind, tmp_path)
-    client = launch("--raw", "x", stdout=writer, before=before)
-    os.close(writer)
-    client.server.setblocking(False)
-    with suppress(BlockingIOError):
-        while client.server.send(bytes(100_000)):
-            pass
-    client.settled()  # the output is full
-    client.process.send_signal(number)
-    client.process.wait(DEADLINE)
-    os.close(reader)
-    assert re.match(r"sent .*bytes; received .*; [\d,]+ bytes not written$", client.line(0))
+
+
+def test_a_signal_ends_it_though_nobody_reads_its_output(launch: Launch, tmp_path: Path) -> None:
+    """All cases at the same time, because each one takes GRACE seconds."""
+
+    def check(case: tuple[tuple[str, str], int]) -> None:
+        (kind, before), number = case
+        writer, reader = unread(kind, tmp_path / f"fifo {number} {len(before)}")
+        client = launch("--raw", "x", stdout=writer, before=before)
+        os.close(writer)
+        client.server.setblocking(False)
+        with suppress(BlockingIOError):
+            while client.server.send(bytes(100_000)):
+                pass
+        client.settled()  # the output is full
+        client.process.send_signal(number)
+        client.process.wait(DEADLINE)
+        os.close(reader)
+        assert re.match(r"sent .*bytes; received .*; [\d,]+ bytes not written$", client.line(0)), case
+
+    at_once(check, product(UNREAD, SIGNALS))
 
 
 def test_a_signal_ends_it_though_nobody_reads_its_standard_error(launch: Launch) -> None:
@@ -691,24 +701,28 @@ def test_a_signal_ends_it_though_nobody_reads_its_standard_error(launch: Launch)
     os.close(reader)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("step", ["connect", "resolve"])
-def test_a_signal_ends_it_before_it_is_connected(launch: Launch, step: str, number: int) -> None:
-    resolve = (
-        "import socket; ends = socket.socketpair(); socket.getaddrinfo = lambda *how, **more: ends[0].recv(1)"
-    )
+RESOLVES = (
+    "import socket; ends = socket.socketpair(); socket.getaddrinfo = lambda *how, **more: ends[0].recv(1)"
+)
+
+
+@pytest.mark.parametrize("before", ["", RESOLVES], ids=["connects", "resolves"])
+def test_a_signal_ends_it_before_it_is_connected(launch: Launch, before: str) -> None:
     with ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):  # so many that the kernel answers no more connect
             sock = stack.enter_context(socket.socket())
             sock.setblocking(False)
             sock.connect_ex(full.getsockname())
-        before = resolve if step == "resolve" else ""
-        client = launch("x", port=full.getsockname()[1], before=before)
-        client.settled()
-        client.process.send_signal(number)
-        assert client.process.wait(DEADLINE) == -number
-    assert client.err.rest() == ""
+
+        def check(number: int) -> None:
+            client = launch("x", port=full.getsockname()[1], before=before)
+            client.settled()
+            client.process.send_signal(number)
+            assert client.process.wait(DEADLINE) == -number
+            assert client.err.rest() == ""
+
+        at_once(check, SIGNALS)
 
 
 # ---------------------------------------------------------------- no server, or none any more, or none yet
@@ -743,12 +757,15 @@ def test_a_message_may_begin_with_a_dash(launch: Launch) -> None:
     client.ended(0)
 
 
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE"
+
+
 @pytest.mark.parametrize(
     ("before", "reason"),
     [
         ("client.SIZE = 1 << 60", "out of memory"),
-        ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5))", "Too many open files"),
-        ("[os.dup(0) for _ in range(1100)]", "select"),
+        (f"{LIMIT}, (5, 5))", "Too many open files"),
+        (f"{LIMIT}, (2000, 2000)); [os.dup(0) for _ in range(1100)]", "select"),
     ],
 )
 def test_what_makes_it_give_up_is_said_in_one_line(launch: Launch, before: str, reason: str) -> None:
@@ -826,20 +843,22 @@ def test_says_that_it_waits_with_the_answer_to_a_line(launch: Launch, stdin: Any
     assert len(re.findall(WAITING, client.err.rest())) == 1
 
 
-@pytest.mark.parametrize("stdin", [PIPE, TTY])
-@pytest.mark.parametrize("data", [b"ping", b"hello\n"], ids=["ping", "echo"])
-def test_says_nothing_of_waiting_once_the_server_has_served(launch: Launch, stdin: Any, data: bytes) -> None:
-    client = launch(stdin=stdin, before=IMPATIENT)
-    client.server.sendall(data)
-    client.settled()
-    client.type(b"hello\n")
-    assert read_exactly(client.server, 6) == b"hello\n"
-    client.settled()
-    client.type(b"\4" if stdin is TTY else b"", last=True)
-    client.settled()
-    client.answer(b"")
-    assert client.process.wait(DEADLINE) == 0
-    assert "nothing" not in client.err.rest()
+def test_says_nothing_of_waiting_once_the_server_has_served(launch: Launch) -> None:
+    def check(case: tuple[Any, bytes]) -> None:
+        stdin, data = case
+        client = launch(stdin=stdin, before=IMPATIENT)
+        client.server.sendall(data)
+        client.settled()
+        client.type(b"hello\n")
+        assert read_exactly(client.server, 6) == b"hello\n"
+        client.settled()
+        client.type(b"\4" if stdin is TTY else b"", last=True)
+        client.settled()
+        client.answer(b"")
+        assert client.process.wait(DEADLINE) == 0
+        assert "nothing" not in client.err.rest(), case
+
+    at_once(check, product([PIPE, TTY], [b"ping", b"hello\n"]))
 
 
 # ---------------------------------------------------------------- on other systems

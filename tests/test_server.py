@@ -304,13 +304,13 @@ def test_a_client_that_sent_a_message_and_left_counts_while_a_probe_does_not(sta
 
 def test_nothing_is_polled_while_nothing_happens(start: Start) -> None:
     server = start()
-    server.settled()  # nobody there
+    server.settled(0.1)  # nobody there
     server.seat()
-    server.settled()  # one waits
+    server.settled(0.1)  # one waits
     server.seat()
-    server.settled()  # two that do not read
+    server.settled(0.1)  # two that do not read
     server.connect()
-    server.settled()  # one waits in the backlog
+    server.settled(0.1)  # one waits in the backlog
 
 
 @pytest.mark.parametrize("leave", [lambda client: client.close(), reset])
@@ -319,7 +319,7 @@ def test_nothing_is_polled_when_all_have_left(start: Start, leave: Callable[[soc
     for client in (server.seat(), server.seat()):
         leave(client)
     server.err.wait_for("0 of 2 seats taken")
-    server.settled()
+    server.settled(0.1)
 
 
 def test_an_event_of_a_task_that_the_same_batch_has_ended_does_no_harm() -> None:
@@ -653,9 +653,10 @@ def test_one_stalled_pipe_for_both_outputs_loses_no_message_and_forges_no_line(f
     assert "".join(shown).count("Z") == data[:received].count(b"Z"), "every message is complete"
 
 
-def test_a_failure_does_not_wait_for_a_stalled_standard_error(start: Start) -> None:
+def test_a_failure_does_not_wait_for_a_stalled_standard_error(start: Start, failing: Failing) -> None:
     reader, writer = os.pipe()
-    server = start("--wait-for", "1", "--echo", "--trace", stdout=writer)
+    program = failing.program(SHORT_FLUSH)
+    server = start("--wait-for", "1", "--echo", "--trace", program=program, stdout=writer)
     os.close(writer)
     client = server.seat()
     server.err.going.clear()
@@ -696,8 +697,11 @@ def test_no_descriptors_at_the_start() -> None:
     assert re.fullmatch(r".*Too many open files\n", result.stderr)
 
 
-def test_bytes_that_cannot_be_written_at_the_end_are_counted(start: Start) -> None:
-    server = start(paused=True)
+SHORT_FLUSH = "assert server.FLUSH_TIMEOUT; server.FLUSH_TIMEOUT = 0.1"
+
+
+def test_bytes_that_cannot_be_written_at_the_end_are_counted(start: Start, failing: Failing) -> None:
+    server = start(program=failing.program(SHORT_FLUSH), paused=True)
     writer, _ = server.seat(), server.seat()
     fill(server, writer, b"x" * len(LINES))
     server.process.send_signal(signal.SIGTERM)
@@ -728,7 +732,9 @@ def test_a_broken_output_and_many_open_files(start: Start, failing: Failing) -> 
 
 
 def test_a_slow_reader_does_not_delay_the_end_for_long(start: Start, failing: Failing) -> None:
-    server = start(program=failing.program("server.DRAIN_TIMEOUT = 0.1"), paused=True)
+    server = start(
+        program=failing.program("assert server.DRAIN_TIMEOUT; server.DRAIN_TIMEOUT = 0.1"), paused=True
+    )
     writer, _ = server.seat(), server.seat()
     fill(server, writer)
     server.process.send_signal(signal.SIGTERM)

@@ -10,15 +10,32 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, at_once
+
+Result = subprocess.CompletedProcess
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str) -> Result[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_soaks() -> None:
-    result = run("tests/soak.py", "--seconds", "3", "--seed", "1")
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that the benchmark writes."""
+    return tmp_path_factory.mktemp("benchmark") / "figures"
+
+
+@pytest.fixture(scope="module")
+def results(figures: Path) -> list[Result[str]]:
+    """The soak and the benchmark, which run at the same time, because the soak mostly waits."""
+    soak = "tests/soak.py", "--quick", "--seconds", "1", "--seed", "1"
+    benchmark = "tests/benchmark", "--quick", "--json", str(figures)
+    return at_once(lambda command: run(*command), [soak, benchmark])
+
+
+def test_soaks(results: list[Result[str]]) -> None:
+    """A short soak can fail: each of its modes still serves 20 random clients and goes through every turn."""
+    result = results[0]
     assert result.returncode == 0, result.stderr[-3000:]
     line = result.stdout.splitlines()[-1]
     found = re.match(
@@ -28,14 +45,14 @@ def test_soaks() -> None:
     assert all(int(figure.replace(",", "")) > 10 for figure in found.groups())
 
 
-def test_measures(tmp_path: Path) -> None:
-    result = run("tests/benchmark", "--quick", "--json", str(tmp_path / "figures"))
+def test_measures(results: list[Result[str]], figures: Path) -> None:
+    result = results[1]
     assert result.returncode == 0, result.stderr[-3000:]
     assert re.match(r"this takes about \d+ s;", result.stderr)
     assert max(map(len, result.stdout.splitlines())) <= 100
-    figures = json.loads((tmp_path / "figures").read_text())
-    assert figures["complete"]
-    assert {"start", "client pings", "client file", "pings", "echo 1", "echo 100"} <= figures.keys()
+    measured = json.loads(figures.read_text())
+    assert measured["complete"]
+    assert {"start", "client pings", "client file", "pings", "echo 1", "echo 100"} <= measured.keys()
 
 
 def test_a_part_alone() -> None:
@@ -52,14 +69,17 @@ def test_a_part_alone() -> None:
     assert "no part is named 'echoes' (choose from start, client, pings, memory, echo)" in unknown.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_benchmark_shows_what_it_has(number: int) -> None:
+def test_an_interrupted_benchmark_shows_what_it_has() -> None:
     command = [sys.executable, "tests/benchmark", "pings"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
-        first = next(line for line in process.stderr if line.startswith("pings, round 1 of 9, "))
-        process.send_signal(number)
-        shown, errors = process.communicate(timeout=120)
-    assert (process.returncode, "Traceback" in errors) == (130, False)
-    assert "The benchmark ended early" in shown
-    assert re.search(r"^\| this server +\| +[\d,.]+ \| +1\.00 ", shown, re.MULTILINE), first + shown
+
+    def interrupt(number: int) -> None:
+        with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
+            first = next(line for line in process.stderr if line.startswith("pings, round 1 of 9, "))
+            process.send_signal(number)
+            shown, errors = process.communicate(timeout=120)
+        assert (process.returncode, "Traceback" in errors) == (130, False)
+        assert "The benchmark ended early" in shown
+        assert re.search(r"^\| this server +\| +[\d,.]+ \| +1\.00 ", shown, re.MULTILINE), first + shown
+
+    at_once(interrupt, [signal.SIGINT, signal.SIGTERM])
