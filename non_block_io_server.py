@@ -10,9 +10,10 @@ The answer is an event loop.  Wait for all descriptors in one call.  Then make o
         for descriptor, events in epoll.poll():    # waits until a descriptor is ready
             tasks[descriptor].send(events)         # resumes the task that owns it
 
-A task is a generator that owns one descriptor.  It reads like a program that blocks, with a
-`yield` wherever that program would block.  It yields its interest (the mask of the
-events that it waits for), and the loop resumes it with the events that epoll reports.
+A task is a generator that owns one descriptor.  It reads like a program that blocks, with a `yield`
+wherever that program would block.  It yields its interest (the mask of the events that it waits for),
+and the loop resumes it with the events that epoll reports.  It can also yield another task: this calls
+it, and the loop resumes that one in its place until it ends (PEP 342: a trampoline).
 
     task            waits for                           when it is resumed
     --------------  ----------------------------------  -----------------------------------
@@ -148,13 +149,13 @@ class Loop:
                 self.end(descriptor, end)
 
     def perform(self, descriptor: int, request: Any) -> None:
-        """Do what a task has yielded: wait for its interest, or run a task that it calls in its place.
+        """Do what a task has yielded: wait for its interest, or run the task that it calls.
 
         A failure (no memory, too many watches, neither an interest nor a task) is raised at its yield.
         """
         before = self.interests[descriptor]
         try:
-            if hasattr(request, "send"):  # a call; PEP 342 calls such a loop a trampoline
+            if hasattr(request, "send"):  # a task
                 self.callers[request], self.tasks[descriptor] = self.tasks[descriptor], request
                 Loop.resume(self, [(descriptor, None)])  # a part of this turn, which is traced as one
                 return
