@@ -89,37 +89,34 @@ class PingParser:
     another ping, or after a newline.  Any other byte begins a line that is no ping up to its
     newline, even with a `ping` in it: the echo of `shopping`.
 
-    The state is what the next chunk continues:
-        b""                 the start of a line, or a whole ping
-        b"p", b"pi", b"pin" a ping that the end of the chunk has cut
-        OTHER               another line
+    A regular expression removes the pings at the start of each line.  What the parser knows of
+    the unfinished last line stands before the next chunk: the first bytes of a ping (b"", b"p",
+    b"pi" or b"pin"), which it holds back, or OTHER for a line that is no ping.
     """
 
     OTHER = b"-"
 
     def __init__(self) -> None:
-        self.pings, self.state = 0, b""
+        self.pings, self.line = 0, b""
 
-    def feed(self, chunk: bytes | memoryview) -> bytes:
+    @property
+    def held(self) -> bytes:
+        """The bytes of a ping that the end of the last chunk has cut."""
+        return b"" if self.line == self.OTHER else self.line
+
+    def feed(self, chunk: bytes) -> bytes:
         """Count the pings in the next bytes of the stream; return the other bytes."""
-        if self.state != self.OTHER and PINGS.startswith(chunk, len(self.state)):  # nothing but pings
-            size = len(self.state) + len(chunk)
-            self.pings, self.state = self.pings + size // len(PING), PING[: size % len(PING)]
+        if self.line != self.OTHER and PINGS.startswith(chunk, len(self.line)):  # nothing but pings
+            size = len(self.line) + len(chunk)
+            self.pings, self.line = self.pings + size // len(PING), PING[: size % len(PING)]
             return b""
-        data = self.state + chunk  # OTHER before it keeps a `ping` from standing at the start of a line
+        data = self.line + chunk
         others = RUN_OF_PINGS.sub(b"", data)
         self.pings += (len(data) - len(others)) // len(PING)
-        start = len(self.OTHER) if self.state == self.OTHER else 0
+        start = len(self.line) - len(self.held)  # without OTHER
         last_line = others[others.rfind(b"\n") + 1 :]
-        if PING.startswith(last_line):
-            self.state = last_line
-            return others[start : len(others) - len(last_line)]
-        self.state = self.OTHER
-        return others[start:]
-
-    def finish(self) -> bytes:
-        """Return the bytes of a ping that the end of the stream has cut."""
-        return b"" if self.state == self.OTHER else self.state
+        self.line = last_line if PING.startswith(last_line) else self.OTHER
+        return others[start : len(others) - len(self.held)]
 
 
 def escape(text: str) -> str:
@@ -237,7 +234,7 @@ class Receiver:
         self.received, self.at_eof = self.received + len(chunk), not chunk
         if self.raw:
             return chunk
-        return self.parser.feed(chunk) if chunk else self.parser.finish()
+        return self.parser.feed(chunk) if chunk else self.parser.held
 
 
 # -------------------------------------------------------------------- the user
