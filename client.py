@@ -56,8 +56,8 @@ PROMPT = "> "
 EMPTY, LINE, DATA = "empty", "line", "data"  # other states of a row: nothing, a typed line, data
 SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another client\n"
 
-UNUSUAL = re.compile(r"[^\w !-~\t\n]")  # any character but letters, digits and what ASCII prints
-SPACES = "\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+# Any character but letters and digits of all scripts, printable ASCII, tabs, newlines and spaces
+UNUSUAL = re.compile("[^\\w\t\n !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 JOINERS = "\u200c\u200d"  # hold Persian words and emoji families together
 
 WINDOWS = sys.platform == "win32"  # select(2) takes nothing but sockets there
@@ -119,48 +119,35 @@ class PingParser:
         return others[start : len(others) - len(self.held)]
 
 
-def escape(text: str) -> str:
-    """Escape what could harm a terminal or its reader: `\\x1b`, `\\u202e`, `\\U000e0041`.
-
-    These are controls, separators of lines, invisible characters, and characters that change
-    the order of others: all that str.isprintable() refuses, except tab, newline, spaces, and
-    joiners between two visible characters.
-    """
-
-    def escaped(found: re.Match[str]) -> str:
-        """Return the character, or its escape."""
-        character, code = found[0], ord(found[0])
-        if character.isprintable() or character in SPACES:
-            return character
-        before, after = text[found.start() - 1 : found.start()], text[found.end() : found.end() + 1]
-        if character in JOINERS and is_visible(before) and is_visible(after):
-            return character
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-    return UNUSUAL.sub(escaped, text)
-
-
-def is_visible(character: str) -> bool:
-    """Return whether it is one printable character and no space."""
-    return bool(character.strip()) and character.isprintable()
-
-
 class TerminalText:
     """Turns bytes into text that is safe on a terminal, however the stream is cut into chunks."""
 
     def __init__(self) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.before = ""  # the last character, if it is visible: a joiner may follow
+        self.before = " "  # the last character, or a space if it is invisible: a joiner may follow
         self.held = ""  # a carriage return or a joiner: what it means depends on the next character
 
     def feed(self, data: bytes, final: bool) -> str:
         """Return the text of the next bytes, escaped.  CR LF ends a line like LF."""
         text = self.before + self.held + self.decoder.decode(data, final)
-        shown = len(self.before)
         self.held = text[-1] if text.endswith(("\r", *JOINERS)) and not final else ""
         text = text[: len(text) - len(self.held)]
-        self.before = text[-1:] if is_visible(text[-1:]) else ""
-        return escape(text.replace("\r\n", "\n"))[shown:]
+        self.before = text[-1] if text[-1].isprintable() else " "
+        return UNUSUAL.sub(escape, text.replace("\r\n", "\n"))[1:]
+
+
+def escape(found: re.Match[str]) -> str:
+    """Escape a character that could harm a terminal or its reader: `\\x1b`, `\\u202e`, `\\U000e0041`.
+
+    These are controls, separators of lines, invisible characters, and characters that change
+    the order of others.  A joiner between two visible characters is kept.
+    """
+    character, code = found[0], ord(found[0])
+    neighbours = found.string[found.start() - 1] + found.string[found.end() : found.end() + 1]
+    are_visible = neighbours.isprintable() and len(neighbours.strip()) == 2
+    if character.isprintable() or (character in JOINERS and are_visible):
+        return character
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 # -------------------------------------------------------------------- the two directions
