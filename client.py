@@ -235,30 +235,35 @@ class Output:
     it, such as the shell.  So reopen it.  If this is not possible, PIPE_BUF bytes always fit.
     """
 
-    def __init__(self, number: int) -> None:
-        self.descriptor, self.may_wait = number, False
-        self.unwritten = NOTHING
-        self.failure = ""
-        mode = os.fstat(number).st_mode
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.limit: int | None = None  # bytes of one write, if more could wait
+        self.unwritten, self.failure = NOTHING, ""
+        mode = os.fstat(descriptor).st_mode
         if not (WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):  # a file has no reader to wait for
             with suppress(OSError):
-                self.descriptor = os.open(f"/dev/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            self.may_wait = os.get_blocking(self.descriptor)  # on macOS, opening it is only a dup(2)
+                self.descriptor = os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            if os.get_blocking(self.descriptor):  # on macOS, opening it is only a dup(2)
+                self.limit = select.PIPE_BUF
+
+    def fileno(self) -> int:
+        """Return the descriptor, for select."""
+        return self.descriptor
 
     def write(self, data: bytes) -> None:
         """Write what fits.  After an error, discard everything."""
         if not self.failure:
-            self.unwritten = memoryview(b"".join([self.unwritten, data]) if self.unwritten else data)
+            self.unwritten = memoryview(bytes(self.unwritten) + data)  # no copy if nothing is unwritten
             self.flush()
 
     def flush(self) -> None:
         """Write what fits of what is unwritten."""
-        size = select.PIPE_BUF if self.may_wait else SIZE
         try:
             while self.unwritten:
-                if self.may_wait and not select.select([], [self.descriptor], [], 0)[1]:
+                if self.limit and not select.select([], [self], [], 0)[1]:
                     break
-                self.unwritten = self.unwritten[os.write(self.descriptor, self.unwritten[:size]) :] or NOTHING
+                size = os.write(self.descriptor, self.unwritten[: self.limit])
+                self.unwritten = self.unwritten[size:] or NOTHING  # so that the memory is used again
         except BlockingIOError:
             pass
         except OSError as error:
@@ -382,9 +387,7 @@ class Conversation:
         """Wait until data can be passed on, for a signal or for a time; return what is ready."""
         sender, dialogue, until = self.sender, self.dialogue, self.deadline
         reads: list[Any] = [self.wakeup]
-        writes: list[Any] = [
-            output.descriptor for output in (dialogue.output, dialogue.errors) if output.unwritten
-        ]
+        writes: list[Any] = [output for output in (dialogue.output, dialogue.errors) if output.unwritten]
         if not self.receiver.at_eof:
             if time.monotonic() < dialogue.idle_since:
                 until = min(until, dialogue.idle_since)
