@@ -6,9 +6,9 @@ waits with select(2), which every system has:
 
     it waits for                     while                      and then
     -------------------------------  -------------------------  ------------------------------------
-    data from standard input         nothing is unsent          Sender.read: reads and sends a chunk
-    room in the connection           a chunk is unsent          Sender.send: sends what fits
-    data from the connection         everything is written      Receiver.receive: receives a chunk
+    data from standard input         nothing is unsent          Connection.read_input: sends it
+    room in the connection           a chunk is unsent          Connection.send: sends what fits
+    data from the connection         everything is written      Connection.receive, Dialogue.show
     room in standard output          a chunk is unwritten       Output.flush: writes what fits
     the time of an answer            the user gets one          Dialogue.answer: answers and prompts
     a signal, by a socket pair       always                     Conversation.stop: sets a deadline
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 HOST, PORT = "127.0.0.1", 10001
+STANDARD_INPUT = 0  # its descriptor
 SIZE = 256 * 1024  # bytes of one chunk
 QUIET = 0.1  # seconds without a new line until an interactive user gets the answer and a prompt
 SILENCE = 1.0  # seconds without a byte from the server until a line reports that
@@ -150,64 +151,58 @@ def escape(found: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-# -------------------------------------------------------------------- the two directions
+# -------------------------------------------------------------------- the connection
 
 
-class Sender:
-    """The direction to the server: the messages, or else standard input."""
+class Connection:
+    """The connection to the server, with what waits to be sent and what is counted."""
 
     def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
+        sock.setblocking(False)
         self.sock, self.raw = sock, raw
         self.unsent = memoryview(messages)
-        self.input_ended = bool(messages)  # nothing more is read
+        self.input_ended = bool(messages)  # standard input is not read, or no longer
         self.half_closed = False  # our end of file is sent
-        self.sent = self.newlines = 0  # bytes, and how many of them are newlines
-        self.partial = False  # the last message has no newline
+        self.at_eof = False  # the server's end of file has arrived, or the connection is broken
+        self.sent = self.received = self.messages = 0  # bytes, bytes, and messages that are sent
+        self.partial = False  # a message is begun: it ends with a newline, or with our end of file
+        self.parser = PingParser()
         self.failure = ""
 
-    def read(self) -> bool:
-        """Read a chunk of standard input, send what the connection takes; return whether it ends a line."""
+    def read_input(self) -> bytes:
+        """Read a chunk of standard input, and send what fits; return the chunk."""
+        chunk = b""
         try:
-            chunk = os.read(0, SIZE)
+            chunk = os.read(STANDARD_INPUT, SIZE)
         except BlockingIOError:  # another program has read it
-            return False
+            return b""
         except OSError as error:
-            chunk, self.failure = b"", f"standard input cannot be read: {reason(error)}"
+            self.failure = f"standard input cannot be read: {reason(error)}"
         if not chunk:
             self.input_ended = True
         self.unsent = memoryview(chunk)
         self.send()
-        return chunk.endswith(b"\n")
+        return chunk
 
     def send(self) -> None:
-        """Send what the connection takes and, after everything, our end of file."""
+        """Send what fits and, after everything, our end of file."""
         try:
             if self.unsent:
                 size = self.sock.send(self.unsent)
+                self.sent += size
                 if not self.raw:
-                    sent = bytes(self.unsent[:size])
-                    self.newlines += sent.count(b"\n")
-                    self.partial = not sent.endswith(b"\n")
-                self.sent, self.unsent = self.sent + size, self.unsent[size:] or NOTHING
+                    data = bytes(self.unsent[:size])
+                    self.messages += data.count(b"\n")
+                    self.partial = not data.endswith(b"\n")
+                self.unsent = self.unsent[size:] or NOTHING
             if self.input_ended and not self.unsent:
                 self.half_closed = True
+                self.messages += self.partial
                 self.sock.shutdown(socket.SHUT_WR)
         except BlockingIOError:
             pass
         except OSError as error:  # data that arrived before a reset can still be received
-            self.failure = self.failure or f"the connection is broken: {reason(error)}"
-            self.unsent, self.input_ended, self.half_closed = NOTHING, True, True
-
-
-class Receiver:
-    """The direction from the server."""
-
-    def __init__(self, sock: socket.socket, raw: bool) -> None:
-        self.sock, self.raw = sock, raw
-        self.parser = PingParser()
-        self.received = 0  # bytes
-        self.at_eof = False  # the server has ended its direction, or the connection is broken
-        self.failure = ""
+            self.stop_sending(f"the connection is broken: {reason(error)}")
 
     def receive(self) -> bytes:
         """Receive a chunk, and count its pings; return the bytes to show."""
@@ -217,11 +212,27 @@ class Receiver:
         except BlockingIOError:
             return b""
         except OSError as error:
-            self.failure = f"the connection is broken: {reason(error)}"
+            self.stop_sending(f"the connection is broken: {reason(error)}")
         self.received, self.at_eof = self.received + len(chunk), not chunk
+        if self.at_eof and (self.unsent or not self.input_ended):
+            self.stop_sending("the server has ended the conversation")
         if self.raw:
             return chunk
         return self.parser.feed(chunk) if chunk else self.parser.held
+
+    def stop_sending(self, failure: str) -> None:
+        """Discard what is unsent, and send nothing more.  Only the first failure is reported."""
+        self.failure = self.failure or failure
+        self.unsent, self.input_ended, self.half_closed = NOTHING, True, True
+
+    def summary(self) -> str:
+        """Return what has been sent and received, in words."""
+        sent, received = count(self.sent, "byte"), count(self.received, "byte")
+        if not self.raw:
+            pings, others = self.parser.pings, self.received - self.parser.pings * len(PING)
+            sent = f"{count(self.messages, 'message')}, {sent}"
+            received = count(pings, "ping") + (f", {count(others, 'other byte')}" if others else "")
+        return f"sent {sent}; received {received}"
 
 
 # -------------------------------------------------------------------- the user
@@ -276,29 +287,27 @@ class Dialogue:
     Data is shown below a prompt, never over it: the user may have typed half a line.
     """
 
-    def __init__(self, sender: Sender, receiver: Receiver, interactive: bool) -> None:
-        self.sender, self.receiver, self.interactive = sender, receiver, interactive
+    def __init__(self, connection: Connection, interactive: bool) -> None:
+        self.connection, self.interactive = connection, interactive
         self.output, self.errors = Output(1), Output(2)
         self.terminal = os.isatty(1)
-        self.terminal_text = TerminalText() if self.terminal and not receiver.raw else None
+        self.terminal_text = TerminalText() if self.terminal and not connection.raw else None
         self.screen = self.output if interactive and self.terminal else self.errors
         self.row = EMPTY  # what the last row of the terminal holds
         self.silence_reported = False
         # Since when nothing is read or shown.  It is in the future while the user may be pasting lines.
-        self.idle_since = time.monotonic() if sender.unsent else 0.0
+        self.idle_since = time.monotonic() if connection.unsent else 0.0
 
-    def read(self) -> None:
-        """Let the sender read a chunk of standard input."""
-        ends_line = self.sender.read()
-        if self.interactive and ends_line:  # Ctrl-D sends a line without its end
+    def note_input(self, chunk: bytes) -> None:
+        """Note what has been read from standard input."""
+        if self.interactive and chunk.endswith(b"\n"):  # Ctrl-D sends a line without its end
             self.row = LINE
         self.idle_since = time.monotonic() + (QUIET if self.interactive else 0.0)
 
-    def show(self) -> None:
-        """Let the receiver receive a chunk, and write what is to be shown."""
-        data = self.receiver.receive()
+    def show(self, data: bytes) -> None:
+        """Write received bytes."""
         if self.terminal_text:
-            data = self.terminal_text.feed(data, self.receiver.at_eof).encode()
+            data = self.terminal_text.feed(data, self.connection.at_eof).encode()
         if data and self.terminal:
             if self.row == PROMPT:
                 data = b"\n" + data
@@ -307,13 +316,14 @@ class Dialogue:
 
     def answer(self) -> float:
         """Write a count, a notice and a prompt if they are due; return when the next ones are."""
-        pings, received, text = self.receiver.parser.pings, self.receiver.received, ""
+        connection, text = self.connection, ""
+        pings, received = connection.parser.pings, connection.received
         if self.row == LINE and (pings or not received):  # else the data is the answer, as in an echo
             text = f"{count(pings, 'ping')} so far\n"
-        is_silent = not (received or self.silence_reported) and (self.sender.sent or self.sender.input_ended)
+        is_silent = not (received or self.silence_reported) and (connection.sent or connection.input_ended)
         if is_silent:
             text += SILENCE_NOTICE
-        if self.interactive and not self.sender.input_ended and (text or self.row in (EMPTY, LINE)):
+        if self.interactive and not connection.input_ended and (text or self.row in (EMPTY, LINE)):
             text += PROMPT
         if not text:
             return NEVER
@@ -341,43 +351,44 @@ class Conversation:
 
     def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
         """Prepare to send the messages or, without any, standard input."""
-        self.sock, self.raw = sock, raw
-        self.sender = Sender(sock, messages, raw)
-        self.receiver = Receiver(sock, raw)
-        self.dialogue = Dialogue(self.sender, self.receiver, os.isatty(0) and not messages and not raw)
+        self.connection = Connection(sock, messages, raw)
+        interactive = os.isatty(STANDARD_INPUT) and not messages and not raw
+        self.dialogue = Dialogue(self.connection, interactive)
         self.signals, self.deadline = 0, NEVER  # number of stop signals; end of the conversation
-        sock.setblocking(False)
         self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
         handle_stop_signals(self.stop)
-        if self.dialogue.interactive:
+        if interactive:
             signal.signal(signal.SIGCONT, self.resume)
 
     def run(self) -> int:
         """Exchange data, and write the summary; return the exit status."""
         self.exchange()
         failure = self.failure()
-        self.dialogue.finish(f"{failure}{'; ' if failure else ''}{self.summary()}\n", self.signals > 0)
+        unwritten = len(self.dialogue.output.unwritten)
+        lost = f"; {count(unwritten, 'byte')} not written" if unwritten else ""
+        summary = f"{failure}{'; ' if failure else ''}{self.connection.summary()}{lost}\n"
+        self.dialogue.finish(summary, self.signals > 0)
         self.exchange()  # until the summary is written
         return 1 if failure else 0
 
     def exchange(self) -> None:
         """Pass data on until the server's end of file and until all is written, or until the deadline."""
-        sender, receiver, dialogue = self.sender, self.receiver, self.dialogue
+        connection, dialogue = self.connection, self.dialogue
         output, errors = dialogue.output, dialogue.errors
-        while not receiver.at_eof or output.unwritten or errors.unwritten:
+        while not connection.at_eof or output.unwritten or errors.unwritten:
             if time.monotonic() >= self.deadline:
                 break
             readable, writable = self.wait()
             if self.wakeup in readable:
                 self.wakeup.recv(64)
-            if 0 in readable:
-                dialogue.read()
-            if self.sock in writable:
-                sender.send()
-            if self.sock in readable:
-                dialogue.show()
+            if STANDARD_INPUT in readable:
+                dialogue.note_input(connection.read_input())
+            if connection.sock in writable:
+                connection.send()
+            if connection.sock in readable:
+                dialogue.show(connection.receive())
             output.flush()
             errors.flush()
             if output.failure:
@@ -385,18 +396,18 @@ class Conversation:
 
     def wait(self) -> tuple[list[Any], list[Any]]:
         """Wait until data can be passed on, for a signal or for a time; return what is ready."""
-        sender, dialogue, until = self.sender, self.dialogue, self.deadline
+        connection, dialogue, until = self.connection, self.dialogue, self.deadline
         reads: list[Any] = [self.wakeup]
         writes: list[Any] = [output for output in (dialogue.output, dialogue.errors) if output.unwritten]
-        if not self.receiver.at_eof:
+        if not connection.at_eof:
             if time.monotonic() < dialogue.idle_since:
                 until = min(until, dialogue.idle_since)
             elif not dialogue.output.unwritten:
-                reads.append(self.sock)
-            if sender.unsent or (sender.input_ended and not sender.half_closed):
-                writes.append(self.sock)
-            elif not sender.input_ended:
-                reads.append(0)
+                reads.append(connection.sock)
+            if connection.unsent or (connection.input_ended and not connection.half_closed):
+                writes.append(connection.sock)
+            elif not connection.input_ended:
+                reads.append(STANDARD_INPUT)
             if self.deadline == NEVER:
                 until = min(until, dialogue.answer())
         timeout = None if until == NEVER else max(until - time.monotonic(), 0)
@@ -411,7 +422,7 @@ class Conversation:
 
     def end_within(self, seconds: float) -> None:
         """Read no more input, and set the deadline for the rest of the conversation."""
-        self.sender.input_ended = True
+        self.connection.input_ended = True
         self.deadline = min(self.deadline, time.monotonic() + seconds)
 
     def resume(self, number: int, frame: Any) -> None:
@@ -421,31 +432,16 @@ class Conversation:
 
     def failure(self) -> str:
         """Return why the conversation is incomplete, or ""."""
-        sender, receiver, output = self.sender, self.receiver, self.dialogue.output
-        if sender.failure or receiver.failure:
-            return sender.failure or receiver.failure
-        if receiver.at_eof and (sender.unsent or not sender.input_ended):
-            return "the server has ended the conversation"
+        connection, output = self.connection, self.dialogue.output
+        if connection.failure:
+            return connection.failure
         if output.failure and not self.signals:  # Ctrl-C also ends the program that reads the output
             return f"standard output can no longer be written: {output.failure}"
-        if sender.unsent:
+        if connection.unsent:
             return "not everything was sent"
-        if self.signals > 1 and not receiver.at_eof:
+        if self.signals > 1 and not connection.at_eof:
             return "a second signal has ended the conversation"
         return ""
-
-    def summary(self) -> str:
-        """Return what has been sent and received, in words."""
-        sender, pings = self.sender, self.receiver.parser.pings
-        sent, received = count(sender.sent, "byte"), count(self.receiver.received, "byte")
-        if not self.raw:
-            messages = sender.newlines + (sender.partial and not sender.unsent)
-            others = self.receiver.received - pings * len(PING)
-            sent = f"{count(messages, 'message')}, {sent}"
-            received = count(pings, "ping") + (f", {count(others, 'other byte')}" if others else "")
-        unwritten = len(self.dialogue.output.unwritten)
-        lost = f"; {count(unwritten, 'byte')} not written" if unwritten else ""
-        return f"sent {sent}; received {received}{lost}"
 
 
 def handle_stop_signals(handler: Any) -> None:
