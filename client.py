@@ -53,8 +53,7 @@ NOTHING = memoryview(b"")
 PING = b"ping"
 PINGS = PING * (SIZE // len(PING) + 2)  # what a chunk of pings is compared with
 RUN_OF_PINGS = re.compile(rb"^(?:ping)+", re.MULTILINE)
-PROMPT = "> "
-EMPTY, LINE, DATA = "empty", "line", "data"  # other states of a row: nothing, a typed line, data
+PROMPT, DATA = "> ", "data"  # what a row of the terminal can hold
 SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another client\n"
 
 # Any character but letters and digits of all scripts, printable ASCII, tabs, newlines and spaces
@@ -287,58 +286,66 @@ class Dialogue:
     Data is shown below a prompt, never over it: the user may have typed half a line.
     """
 
-    def __init__(self, connection: Connection, interactive: bool) -> None:
-        self.connection, self.interactive = connection, interactive
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.interactive = os.isatty(STANDARD_INPUT) and not connection.input_ended and not connection.raw
         self.output, self.errors = Output(1), Output(2)
         self.terminal = os.isatty(1)
         self.terminal_text = TerminalText() if self.terminal and not connection.raw else None
-        self.screen = self.output if interactive and self.terminal else self.errors
-        self.row = EMPTY  # what the last row of the terminal holds
+        self.screen = self.output if self.interactive and self.terminal else self.errors
+        self.row = ""  # what the last row of the terminal holds: nothing, PROMPT or DATA
+        self.asked = False  # the user has typed a line, and no data is shown since
         self.silence_reported = False
-        # Since when nothing is read or shown.  It is in the future while the user may be pasting lines.
+        # Since when nothing is read or shown; 0.0 before the first data.  While the user may be
+        # pasting lines, it is in the future, and until then nothing is received.
         self.idle_since = time.monotonic() if connection.unsent else 0.0
 
     def note_input(self, chunk: bytes) -> None:
         """Note what has been read from standard input."""
         if self.interactive and chunk.endswith(b"\n"):  # Ctrl-D sends a line without its end
-            self.row = LINE
+            self.row, self.asked = "", True
         self.idle_since = time.monotonic() + (QUIET if self.interactive else 0.0)
 
     def show(self, data: bytes) -> None:
-        """Write received bytes."""
+        """Write received data."""
         if self.terminal_text:
             data = self.terminal_text.feed(data, self.connection.at_eof).encode()
         if data and self.terminal:
             if self.row == PROMPT:
                 data = b"\n" + data
-            self.row, self.idle_since = EMPTY if data.endswith(b"\n") else DATA, time.monotonic()
+            self.row, self.asked = "" if data.endswith(b"\n") else DATA, False
+            self.idle_since = time.monotonic()
         self.output.write(data)
 
-    def answer(self) -> float:
-        """Write a count, a notice and a prompt if they are due; return when the next ones are."""
-        connection, text = self.connection, ""
-        pings, received = connection.parser.pings, connection.received
-        if self.row == LINE and (pings or not received):  # else the data is the answer, as in an echo
-            text = f"{count(pings, 'ping')} so far\n"
-        is_silent = not (received or self.silence_reported) and (connection.sent or connection.input_ended)
-        if is_silent:
-            text += SILENCE_NOTICE
-        if self.interactive and not connection.input_ended and (text or self.row in (EMPTY, LINE)):
-            text += PROMPT
-        if not text:
-            return NEVER
-        when = self.idle_since + (SILENCE if is_silent else QUIET)
-        if time.monotonic() < when:
-            return when
-        self.screen.write(("\n" + text if self.row in (PROMPT, DATA) else text).encode())
-        self.row = PROMPT if text.endswith(PROMPT) else EMPTY
-        self.silence_reported = self.silence_reported or bool(is_silent)
+    def is_silent(self) -> bool:
+        """Return whether the user has sent something, and is to read that nothing has come back."""
+        heard = self.connection.received or self.connection.at_eof or self.silence_reported
+        return self.idle_since > 0 and not heard
+
+    def due(self) -> float:
+        """Return when to call answer()."""
+        if self.is_silent():
+            return self.idle_since + SILENCE
+        if self.interactive and not self.connection.input_ended and not self.row:
+            return self.idle_since + QUIET
         return NEVER
+
+    def answer(self) -> None:
+        """Write the number of pings, that the server is silent, and a prompt: what of it is due."""
+        pings, received, text = self.connection.parser.pings, self.connection.received, ""
+        if self.asked and (pings or not received):  # else the data is the answer, as in an echo
+            text = f"{count(pings, 'ping')} so far\n"
+        if self.is_silent():
+            text, self.silence_reported = text + SILENCE_NOTICE, True
+        if self.interactive and not self.connection.input_ended:
+            text += PROMPT
+        self.screen.write(("\n" + text if self.row else text).encode())
+        self.row, self.asked = PROMPT if text.endswith(PROMPT) else "", False
 
     def finish(self, summary: str, signalled: bool) -> None:
         """Write the summary to standard error, on a terminal in a row of its own."""
         shares_row = self.interactive or (self.terminal and os.isatty(2))
-        if shares_row and (signalled or self.row in (PROMPT, DATA)):  # a terminal shows Ctrl-C as ^C
+        if shares_row and (signalled or self.row):  # a terminal shows Ctrl-C as ^C
             self.screen.write(b"\n")
         self.errors.write(summary.encode())
 
@@ -347,29 +354,25 @@ class Dialogue:
 
 
 class Conversation:
-    """Both directions, the user, and the signals that end it."""
+    """The loop, and the signals that end it."""
 
-    def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
-        """Prepare to send the messages or, without any, standard input."""
-        self.connection = Connection(sock, messages, raw)
-        interactive = os.isatty(STANDARD_INPUT) and not messages and not raw
-        self.dialogue = Dialogue(self.connection, interactive)
+    def __init__(self, connection: Connection) -> None:
+        self.connection, self.dialogue = connection, Dialogue(connection)
         self.signals, self.deadline = 0, NEVER  # number of stop signals; end of the conversation
         self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
         handle_stop_signals(self.stop)
-        if interactive:
+        if self.dialogue.interactive:
             signal.signal(signal.SIGCONT, self.resume)
 
     def run(self) -> int:
         """Exchange data, and write the summary; return the exit status."""
         self.exchange()
-        failure = self.failure()
-        unwritten = len(self.dialogue.output.unwritten)
-        lost = f"; {count(unwritten, 'byte')} not written" if unwritten else ""
-        summary = f"{failure}{'; ' if failure else ''}{self.connection.summary()}{lost}\n"
-        self.dialogue.finish(summary, self.signals > 0)
+        failure, unwritten = self.failure(), len(self.dialogue.output.unwritten)
+        lost = f"{count(unwritten, 'byte')} not written" if unwritten else ""
+        summary = "; ".join(filter(None, [failure, self.connection.summary(), lost]))
+        self.dialogue.finish(f"{summary}\n", self.signals > 0)
         self.exchange()  # until the summary is written
         return 1 if failure else 0
 
@@ -380,6 +383,8 @@ class Conversation:
         while not connection.at_eof or output.unwritten or errors.unwritten:
             if time.monotonic() >= self.deadline:
                 break
+            if time.monotonic() >= dialogue.due():
+                dialogue.answer()
             readable, writable = self.wait()
             if self.wakeup in readable:
                 self.wakeup.recv(64)
@@ -396,39 +401,35 @@ class Conversation:
 
     def wait(self) -> tuple[list[Any], list[Any]]:
         """Wait until data can be passed on, for a signal or for a time; return what is ready."""
-        connection, dialogue, until = self.connection, self.dialogue, self.deadline
+        connection, dialogue, now = self.connection, self.dialogue, time.monotonic()
+        is_paste = now < dialogue.idle_since
         reads: list[Any] = [self.wakeup]
         writes: list[Any] = [output for output in (dialogue.output, dialogue.errors) if output.unwritten]
-        if not connection.at_eof:
-            if time.monotonic() < dialogue.idle_since:
-                until = min(until, dialogue.idle_since)
-            elif not dialogue.output.unwritten:
-                reads.append(connection.sock)
-            if connection.unsent or (connection.input_ended and not connection.half_closed):
-                writes.append(connection.sock)
-            elif not connection.input_ended:
-                reads.append(STANDARD_INPUT)
-            if self.deadline == NEVER:
-                until = min(until, dialogue.answer())
-        timeout = None if until == NEVER else max(until - time.monotonic(), 0)
+        if not (connection.at_eof or dialogue.output.unwritten or is_paste):
+            reads.append(connection.sock)
+        if connection.unsent or (connection.input_ended and not connection.half_closed):
+            writes.append(connection.sock)
+        elif not connection.input_ended:
+            reads.append(STANDARD_INPUT)
+        until = min(self.deadline, dialogue.idle_since if is_paste else dialogue.due())
+        timeout = None if until == NEVER else max(until - now, 0)
         return select.select(reads, writes, [], timeout)[:2]
 
     def stop(self, number: int, frame: Any) -> None:
         """Handle SIGINT, SIGTERM or SIGHUP: end within a second, after a second one almost immediately."""
         self.signals += 1
+        self.end_within(GRACE if self.signals == 1 else SHORT_GRACE)
         if self.signals > 1:
             handle_stop_signals(signal.SIG_DFL)  # a third one kills
-        self.end_within(GRACE if self.signals == 1 else SHORT_GRACE)
 
     def end_within(self, seconds: float) -> None:
-        """Read no more input, and set the deadline for the rest of the conversation."""
-        self.connection.input_ended = True
+        """Read no more input, answer nothing more, and set the deadline for the rest of the conversation."""
+        self.connection.input_ended = self.dialogue.silence_reported = True
         self.deadline = min(self.deadline, time.monotonic() + seconds)
 
     def resume(self, number: int, frame: Any) -> None:
-        """Handle SIGCONT: prompt again after Ctrl-Z and `fg`."""
-        if self.dialogue.row == PROMPT:
-            self.dialogue.row = EMPTY
+        """Handle SIGCONT, after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
+        self.dialogue.row = ""
 
     def failure(self) -> str:
         """Return why the conversation is incomplete, or ""."""
@@ -500,7 +501,7 @@ def main() -> int:
             hint = "; is the server running?" if isinstance(error, ConnectionRefusedError) else ""
             sys.exit(f"cannot connect to {options.host}, port {options.port}: {reason(error)}{hint}")
         messages = b"".join(os.fsencode(message) + b"\n" for message in options.message)
-        return Conversation(sock, messages, options.raw).run()
+        return Conversation(Connection(sock, messages, options.raw)).run()
     except (OSError, MemoryError, ValueError) as error:  # select(2) cannot watch descriptors above 1023
         sys.exit(f"cannot continue: {reason(error)}")
 
