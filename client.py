@@ -52,7 +52,7 @@ NOTHING = memoryview(b"")
 
 PING = b"ping"
 PINGS = PING * (SIZE // len(PING) + 2)  # what a chunk of pings is compared with
-RUN_OF_PINGS = re.compile(rb"^(?:ping)+", re.MULTILINE)
+NEWLINE_AND_PINGS = re.compile(rb"\n(?:ping)+")
 PROMPT, DATA = "> ", "data"  # what a row of the terminal can hold
 SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another client\n"
 
@@ -89,34 +89,27 @@ class PingParser:
     another ping, or after a newline.  Any other byte begins a line that is no ping up to its
     newline, even with a `ping` in it: the echo of `shopping`.
 
-    A regular expression removes the pings at the start of each line.  What the parser knows of
-    the unfinished last line stands before the next chunk: the first bytes of a ping (b"", b"p",
-    b"pi" or b"pin"), which it holds back, or OTHER for a line that is no ping.
+    A regular expression removes the pings after each newline.  Between two chunks the parser
+    remembers whether it is in a line that is no ping, and holds back the first bytes of a ping
+    that the end of the chunk has cut.
     """
 
-    OTHER = b"-"
-
     def __init__(self) -> None:
-        self.pings, self.line = 0, b""
-
-    @property
-    def held(self) -> bytes:
-        """The bytes of a ping that the end of the last chunk has cut."""
-        return b"" if self.line == self.OTHER else self.line
+        self.pings, self.in_line, self.held = 0, False, b""
 
     def feed(self, chunk: bytes) -> bytes:
         """Count the pings in the next bytes of the stream; return the other bytes."""
-        if self.line != self.OTHER and PINGS.startswith(chunk, len(self.line)):  # nothing but pings
-            size = len(self.line) + len(chunk)
-            self.pings, self.line = self.pings + size // len(PING), PING[: size % len(PING)]
+        if not self.in_line and PINGS.startswith(chunk, len(self.held)):  # nothing but pings: no copy
+            size = len(self.held) + len(chunk)
+            self.pings, self.held = self.pings + size // len(PING), PING[: size % len(PING)]
             return b""
-        data = self.line + chunk
-        others = RUN_OF_PINGS.sub(b"", data)
+        data = (b"-" if self.in_line else b"\n") + self.held + chunk  # pings count after a newline
+        others = NEWLINE_AND_PINGS.sub(b"\n", data)
         self.pings += (len(data) - len(others)) // len(PING)
-        start = len(self.line) - len(self.held)  # without OTHER
         last_line = others[others.rfind(b"\n") + 1 :]
-        self.line = last_line if PING.startswith(last_line) else self.OTHER
-        return others[start : len(others) - len(self.held)]
+        self.in_line = not PING.startswith(last_line)
+        self.held = b"" if self.in_line else last_line
+        return others[1 : len(others) - len(self.held)]
 
 
 class TerminalText:
