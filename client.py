@@ -159,7 +159,7 @@ class Connection:
         self.sent = self.received = self.messages = 0  # bytes, bytes, and messages that are sent
         self.partial = False  # a message is begun: it ends with a newline, or with our end of file
         self.parser = PingParser()
-        self.failure = ""
+        self.failure = ""  # why the conversation is incomplete
 
     def read_input(self) -> bytes:
         """Read a chunk of standard input, and send what fits; return the chunk."""
@@ -194,7 +194,7 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError as error:  # data that arrived before a reset can still be received
-            self.stop_sending(f"the connection is broken: {reason(error)}")
+            self.fail(f"the connection is broken: {reason(error)}")
 
     def receive(self) -> bytes:
         """Receive a chunk, and count its pings; return the bytes to show."""
@@ -204,16 +204,16 @@ class Connection:
         except BlockingIOError:
             return b""
         except OSError as error:
-            self.stop_sending(f"the connection is broken: {reason(error)}")
+            self.fail(f"the connection is broken: {reason(error)}")
         self.received, self.at_eof = self.received + len(chunk), not chunk
         if self.at_eof and (self.unsent or not self.input_ended):
-            self.stop_sending("the server has ended the conversation")
+            self.fail("the server has ended the conversation")
         if self.raw:
             return chunk
         return self.parser.feed(chunk) if chunk else self.parser.held
 
-    def stop_sending(self, failure: str) -> None:
-        """Discard what is unsent, and send nothing more.  Only the first failure is reported."""
+    def fail(self, failure: str) -> None:
+        """Send nothing more.  The summary reports the first failure."""
         self.failure = self.failure or failure
         self.unsent, self.input_ended, self.half_closed = NOTHING, True, True
 
@@ -362,12 +362,18 @@ class Conversation:
     def run(self) -> int:
         """Exchange data, and write the summary; return the exit status."""
         self.exchange()
-        failure, unwritten = self.failure(), len(self.dialogue.output.unwritten)
-        lost = f"{count(unwritten, 'byte')} not written" if unwritten else ""
-        summary = "; ".join(filter(None, [failure, self.connection.summary(), lost]))
+        connection, output = self.connection, self.dialogue.output
+        if output.failure and not self.signals:  # Ctrl-C also ends the program that reads the output
+            connection.fail(f"standard output can no longer be written: {output.failure}")
+        if connection.unsent:
+            connection.fail("not everything was sent")
+        if self.signals > 1 and not connection.at_eof:
+            connection.fail("a second signal has ended the conversation")
+        lost = f"{count(len(output.unwritten), 'byte')} not written" if output.unwritten else ""
+        summary = "; ".join(filter(None, [connection.failure, connection.summary(), lost]))
         self.dialogue.finish(f"{summary}\n", self.signals > 0)
         self.exchange()  # until the summary is written
-        return 1 if failure else 0
+        return 1 if connection.failure else 0
 
     def exchange(self) -> None:
         """Pass data on until the server's end of file and until all is written, or until the deadline."""
@@ -424,19 +430,6 @@ class Conversation:
         """Handle SIGCONT, after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
         self.dialogue.row = ""
 
-    def failure(self) -> str:
-        """Return why the conversation is incomplete, or ""."""
-        connection, output = self.connection, self.dialogue.output
-        if connection.failure:
-            return connection.failure
-        if output.failure and not self.signals:  # Ctrl-C also ends the program that reads the output
-            return f"standard output can no longer be written: {output.failure}"
-        if connection.unsent:
-            return "not everything was sent"
-        if self.signals > 1 and not connection.at_eof:
-            return "a second signal has ended the conversation"
-        return ""
-
 
 def handle_stop_signals(handler: Any) -> None:
     """Set the handler of the signals that end the program.  A signal that is ignored stays ignored."""
@@ -465,12 +458,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--host", default=HOST, help="the server's address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="the server's port (default: %(default)s)")
-    parser.add_argument(
-        "--raw", action="store_true", help="write all received bytes as they are; count no pings"
-    )
-    parser.add_argument(
-        "message", nargs="*", metavar="MESSAGE", help="a line to send (default: standard input)"
-    )
+    parser.add_argument("--raw", action="store_true", help="write all bytes as they are; count no pings")
+    parser.add_argument("message", nargs="*", metavar="MESSAGE", help="a line (default: standard input)")
     options = parser.parse_args()
     if not 0 < options.port < 65536:
         parser.error("argument --port: must be from 1 to 65535")
