@@ -169,7 +169,7 @@ class Connection:
         except BlockingIOError:  # another program has read it
             return b""
         except OSError as error:
-            self.failure = f"standard input cannot be read: {reason(error)}"
+            self.fail(f"standard input cannot be read: {reason(error)}")
         if not chunk:
             self.input_ended = True
         self.unsent = memoryview(chunk)
@@ -213,9 +213,9 @@ class Connection:
         return self.parser.feed(chunk) if chunk else self.parser.held
 
     def fail(self, failure: str) -> None:
-        """Send nothing more.  The summary reports the first failure."""
+        """Send nothing more but our end of file.  The summary reports the first failure."""
         self.failure = self.failure or failure
-        self.unsent, self.input_ended, self.half_closed = NOTHING, True, True
+        self.unsent, self.input_ended, self.partial = NOTHING, True, False
 
     def summary(self) -> str:
         """Return what has been sent and received, in words."""
@@ -249,10 +249,6 @@ class Output:
             if os.get_blocking(self.descriptor):  # on macOS, opening it is only a dup(2)
                 self.limit = select.PIPE_BUF
 
-    def fileno(self) -> int:
-        """Return the descriptor, for select."""
-        return self.descriptor
-
     def write(self, data: bytes) -> None:
         """Write what fits.  After an error, discard everything."""
         if not self.failure:
@@ -263,7 +259,7 @@ class Output:
         """Write what fits of what is unwritten."""
         try:
             while self.unwritten:
-                if self.limit and not select.select([], [self], [], 0)[1]:
+                if self.limit and not select.select([], [self.descriptor], [], 0)[1]:
                     break
                 size = os.write(self.descriptor, self.unwritten[: self.limit])
                 self.unwritten = self.unwritten[size:] or NOTHING  # so that the memory is used again
@@ -403,7 +399,8 @@ class Conversation:
         connection, dialogue, now = self.connection, self.dialogue, time.monotonic()
         is_paste = now < dialogue.idle_since
         reads: list[Any] = [self.wakeup]
-        writes: list[Any] = [output for output in (dialogue.output, dialogue.errors) if output.unwritten]
+        outputs = dialogue.output, dialogue.errors
+        writes: list[Any] = [output.descriptor for output in outputs if output.unwritten]
         if not (connection.at_eof or dialogue.output.unwritten or is_paste):
             reads.append(connection.sock)
         if connection.unsent or (connection.input_ended and not connection.half_closed):
@@ -477,12 +474,12 @@ def main() -> int:
     try:
         while os.open(os.devnull, os.O_RDWR) <= 2:  # a closed standard stream must not become the socket
             pass
-        try:
-            sock = connect(options.host, options.port)
-        except (OSError, UnicodeError) as error:
-            hint = "; is the server running?" if isinstance(error, ConnectionRefusedError) else ""
-            sys.exit(f"cannot connect to {options.host}, port {options.port}: {reason(error)}{hint}")
-        messages = b"".join(os.fsencode(message) + b"\n" for message in options.message)
+        sock = connect(options.host, options.port)
+    except (OSError, UnicodeError) as error:
+        hint = "; is the server running?" if isinstance(error, ConnectionRefusedError) else ""
+        sys.exit(f"cannot connect to {options.host}, port {options.port}: {reason(error)}{hint}")
+    messages = b"".join(os.fsencode(message) + b"\n" for message in options.message)
+    try:
         return Conversation(Connection(sock, messages, options.raw)).run()
     except (OSError, MemoryError, ValueError) as error:  # select(2) cannot watch descriptors above 1023
         sys.exit(f"cannot continue: {reason(error)}")
