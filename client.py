@@ -2,16 +2,16 @@
 """A client for non_block_io_server.py: it sends messages and counts the pings that it receives.
 
 The server waits with epoll(7), because it has thousands of descriptors.  The client has five, so it
-waits with select(2), which every system has:
+waits with select(2), which every system has.  Conversation.exchange is the loop:
 
-    it waits for                     while                      and then
-    -------------------------------  -------------------------  ------------------------------------
-    data from standard input         nothing is unsent          Connection.read_input: sends it
-    room in the connection           a chunk is unsent          Connection.send: sends what fits
-    data from the connection         everything is written      Connection.receive, Dialogue.show
-    room in standard output          a chunk is unwritten       Output.flush: writes what fits
-    the time of an answer            the user gets one          Dialogue.answer: answers and prompts
-    a signal, by a socket pair       always                     Conversation.stop: sets a deadline
+    it waits for                     while                      and then calls
+    -------------------------------  -------------------------  ---------------------------------------
+    data from standard input         nothing is unsent          Connection.read_input
+    room in the connection           a chunk is unsent          Connection.send
+    data from the connection         everything is written      Connection.receive and Dialogue.show
+    room in standard output          a chunk is unwritten       Output.flush
+    the time of an answer            the user gets one          Dialogue.answer
+    a signal                         always                     Conversation.stop, which sets a deadline
 
 It never reads what it cannot pass on, so a slow reader slows down the sender (backpressure).
 
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
     from typing import Any
 
 HOST, PORT = "127.0.0.1", 10001
-STANDARD_INPUT = 0  # its descriptor
+STANDARD_INPUT = 0  # the descriptor
 SIZE = 256 * 1024  # bytes of one chunk
-QUIET = 0.1  # seconds without a new line until an interactive user gets the answer and a prompt
-SILENCE = 1.0  # seconds without a byte from the server until a line reports that
+QUIET = 0.1  # seconds without a new line until the user gets an answer and a prompt
+SILENCE = 1.0  # seconds without a byte from the server until a notice reports that
 GRACE = 0.8  # seconds to close gracefully after a signal
 SHORT_GRACE = 0.1  # seconds after a second signal; not 0, because timeout(1) may send one signal twice
 NEVER = float("inf")
 NOTHING = memoryview(b"")
 
 PING = b"ping"
-PINGS = PING * (SIZE // len(PING) + 2)  # what a chunk of pings is compared with
+PINGS = PING * (SIZE // len(PING) + 2)  # to compare a chunk with
 NEWLINE_AND_PINGS = re.compile(rb"\n(?:ping)+")
-PROMPT, DATA = "> ", "data"  # what a row of the terminal can hold
+PROMPT, DATA = "> ", "data"  # what the last row of a terminal can hold
 SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another client\n"
 
 # Any character but letters and digits of all scripts, printable ASCII, tabs, newlines and spaces
@@ -130,10 +130,10 @@ class TerminalText:
 
 
 def escape(found: re.Match[str]) -> str:
-    """Escape a character that could harm a terminal or its reader: `\\x1b`, `\\u202e`, `\\U000e0041`.
+    """Return an unusual character, escaped if it could harm a terminal or its reader: `\\x1b`, `\\u202e`.
 
-    These are controls, separators of lines, invisible characters, and characters that change
-    the order of others.  A joiner between two visible characters is kept.
+    The harmful ones are controls, line separators, invisible characters, and characters that
+    change the order of others.  A joiner between two visible characters is kept.
     """
     character, code = found[0], ord(found[0])
     neighbours = found.string[found.start() - 1] + found.string[found.end() : found.end() + 1]
@@ -147,17 +147,18 @@ def escape(found: re.Match[str]) -> str:
 
 
 class Connection:
-    """The connection to the server, with what waits to be sent and what is counted."""
+    """The connection to the server: unsent data, the end of both directions, and counts."""
 
     def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
         sock.setblocking(False)
         self.sock, self.raw = sock, raw
         self.unsent = memoryview(messages)
-        self.input_ended = bool(messages)  # standard input is not read, or no longer
+        self.input_ended = bool(messages)  # no more standard input is read
         self.half_closed = False  # our end of file is sent
-        self.at_eof = False  # the server's end of file has arrived, or the connection is broken
-        self.sent = self.received = self.messages = 0  # bytes, bytes, and messages that are sent
-        self.partial = False  # a message is begun: it ends with a newline, or with our end of file
+        self.at_eof = False  # the server's end of file is received, or the connection is broken
+        self.sent = self.received = 0  # bytes
+        self.messages = 0  # sent messages: each ends with a newline, the last one with our end of file
+        self.partial = False  # a part of a message is sent
         self.parser = PingParser()
         self.failure = ""  # why the conversation is incomplete
 
@@ -177,7 +178,7 @@ class Connection:
         return chunk
 
     def send(self) -> None:
-        """Send what fits and, after everything, our end of file."""
+        """Send what fits.  After the last byte, send our end of file."""
         try:
             if self.unsent:
                 size = self.sock.send(self.unsent)
@@ -186,7 +187,7 @@ class Connection:
                     data = bytes(self.unsent[:size])
                     self.messages += data.count(b"\n")
                     self.partial = not data.endswith(b"\n")
-                self.unsent = self.unsent[size:] or NOTHING
+                self.unsent = self.unsent[size:] or NOTHING  # frees the chunk: the next one is faster
             if self.input_ended and not self.unsent:
                 self.half_closed = True
                 self.messages += self.partial
@@ -240,7 +241,7 @@ class Output:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self.limit: int | None = None  # bytes of one write, if more could wait
+        self.limit: int | None = None  # bytes of a write, if a longer one could wait
         self.unwritten, self.failure = NOTHING, ""
         mode = os.fstat(descriptor).st_mode
         if not (WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):  # a file has no reader to wait for
@@ -262,7 +263,7 @@ class Output:
                 if self.limit and not select.select([], [self.descriptor], [], 0)[1]:
                     break
                 size = os.write(self.descriptor, self.unwritten[: self.limit])
-                self.unwritten = self.unwritten[size:] or NOTHING  # so that the memory is used again
+                self.unwritten = self.unwritten[size:] or NOTHING  # frees the chunk
         except BlockingIOError:
             pass
         except OSError as error:
@@ -270,7 +271,7 @@ class Output:
 
 
 class Dialogue:
-    """What the user sees: received data and, if he types at a terminal, prompts and answers.
+    """What the user sees: received data and, if standard input is a terminal, prompts and answers.
 
     Data is shown below a prompt, never over it: the user may have typed half a line.
     """
@@ -283,10 +284,10 @@ class Dialogue:
         self.terminal_text = TerminalText() if self.terminal and not connection.raw else None
         self.screen = self.output if self.interactive and self.terminal else self.errors
         self.row = ""  # what the last row of the terminal holds: nothing, PROMPT or DATA
-        self.asked = False  # the user has typed a line, and no data is shown since
+        self.asked = False  # the last line that the user has typed has no answer
         self.silence_reported = False
-        # Since when nothing is read or shown; 0.0 before the first data.  While the user may be
-        # pasting lines, it is in the future, and until then nothing is received.
+        # The time of the last input or data; 0.0 before the first.  After a typed line, it is in
+        # the future, and nothing is received until then: the user may be pasting more lines.
         self.idle_since = time.monotonic() if connection.unsent else 0.0
 
     def note_input(self, chunk: bytes) -> None:
@@ -307,12 +308,12 @@ class Dialogue:
         self.output.write(data)
 
     def is_silent(self) -> bool:
-        """Return whether the user has sent something, and is to read that nothing has come back."""
+        """Return whether the server has not answered any input, and no notice has reported that."""
         heard = self.connection.received or self.connection.at_eof or self.silence_reported
         return self.idle_since > 0 and not heard
 
     def due(self) -> float:
-        """Return when to call answer()."""
+        """Return the time of the next answer, or NEVER."""
         if self.is_silent():
             return self.idle_since + SILENCE
         if self.interactive and not self.connection.input_ended and not self.row:
@@ -320,7 +321,7 @@ class Dialogue:
         return NEVER
 
     def answer(self) -> None:
-        """Write the number of pings, that the server is silent, and a prompt: what of it is due."""
+        """Write a count of pings, a notice of silence, and a prompt, as needed."""
         pings, received, text = self.connection.parser.pings, self.connection.received, ""
         if self.asked and (pings or not received):  # else the data is the answer, as in an echo
             text = f"{count(pings, 'ping')} so far\n"
@@ -343,7 +344,7 @@ class Dialogue:
 
 
 class Conversation:
-    """The loop, and the signals that end it."""
+    """The loop, and the signals and the deadline that end it."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection, self.dialogue = connection, Dialogue(connection)
@@ -372,7 +373,10 @@ class Conversation:
         return 1 if connection.failure else 0
 
     def exchange(self) -> None:
-        """Pass data on until the server's end of file and until all is written, or until the deadline."""
+        """Pass data on until the server's end of file is received and everything is written.
+
+        The deadline ends this earlier.
+        """
         connection, dialogue = self.connection, self.dialogue
         output, errors = dialogue.output, dialogue.errors
         while not connection.at_eof or output.unwritten or errors.unwritten:
@@ -395,7 +399,7 @@ class Conversation:
                 self.end_within(GRACE)
 
     def wait(self) -> tuple[list[Any], list[Any]]:
-        """Wait until data can be passed on, for a signal or for a time; return what is ready."""
+        """Wait for descriptors, a signal or a time; return the ready (readable, writable) ones."""
         connection, dialogue, now = self.connection, self.dialogue, time.monotonic()
         is_paste = now < dialogue.idle_since
         reads: list[Any] = [self.wakeup]
@@ -412,19 +416,19 @@ class Conversation:
         return select.select(reads, writes, [], timeout)[:2]
 
     def stop(self, number: int, frame: Any) -> None:
-        """Handle SIGINT, SIGTERM or SIGHUP: end within a second, after a second one almost immediately."""
+        """Handle SIGINT, SIGTERM or SIGHUP: end within a second; after two of them, sooner."""
         self.signals += 1
         self.end_within(GRACE if self.signals == 1 else SHORT_GRACE)
         if self.signals > 1:
             handle_stop_signals(signal.SIG_DFL)  # a third one kills
 
     def end_within(self, seconds: float) -> None:
-        """Read no more input, answer nothing more, and set the deadline for the rest of the conversation."""
+        """Read no more input, write no more answers, and set the deadline."""
         self.connection.input_ended = self.dialogue.silence_reported = True
         self.deadline = min(self.deadline, time.monotonic() + seconds)
 
     def resume(self, number: int, frame: Any) -> None:
-        """Handle SIGCONT, after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
+        """Handle SIGCONT after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
         self.dialogue.row = ""
 
 
@@ -450,9 +454,8 @@ Exit status: 0 after the server's end of file, or after SIGINT, SIGTERM or SIGHU
 
 def arguments() -> argparse.Namespace:
     """Return the options.  Wrong usage ends the program, with argparse's message and status 2."""
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EPILOG)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--host", default=HOST, help="the server's address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="the server's port (default: %(default)s)")
     parser.add_argument("--raw", action="store_true", help="write all bytes as they are; count no pings")
