@@ -329,8 +329,10 @@ class Dialogue:
             text, self.silence_reported = text + SILENCE_NOTICE, True
         if self.interactive and not self.connection.input_ended:
             text += PROMPT
-        self.screen.write(("\n" + text if self.row else text).encode())
+        if self.row:
+            text = "\n" + text
         self.row, self.asked = PROMPT if text.endswith(PROMPT) else "", False
+        self.screen.write(text.encode())  # last, because resume() may change the row at any time
 
     def finish(self, summary: str, signalled: bool) -> None:
         """Write the summary to standard error, on a terminal in a row of its own."""
