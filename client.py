@@ -79,270 +79,7 @@ def reason(error: Exception) -> str:
     return "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", "") or str(error)
 
 
-# -------------------------------------------------------------------- what is received
-
-
-class PingParser:
-    """Separates pings from other bytes.
-
-    A byte stream has no message boundaries.  `ping` counts at the start of the stream, after
-    another ping, or after a newline.  Any other byte begins a line that is no ping up to its
-    newline, even with a `ping` in it: the echo of `shopping`.
-
-    A regular expression removes the pings after each newline.  Between two chunks the parser
-    remembers whether it is in a line that is no ping, and holds back the first bytes of a ping
-    that the end of the chunk has cut.
-    """
-
-    def __init__(self) -> None:
-        self.pings, self.in_line, self.held = 0, False, b""
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Count the pings in the next bytes of the stream; return the other bytes."""
-        if not self.in_line and PINGS.startswith(chunk, len(self.held)):  # nothing but pings: no copy
-            size = len(self.held) + len(chunk)
-            self.pings, self.held = self.pings + size // len(PING), PING[: size % len(PING)]
-            return b""
-        data = (b"-" if self.in_line else b"\n") + self.held + chunk  # pings count after a newline
-        others = NEWLINE_AND_PINGS.sub(b"\n", data)
-        self.pings += (len(data) - len(others)) // len(PING)
-        last_line = others[others.rfind(b"\n") + 1 :]
-        self.in_line = not PING.startswith(last_line)
-        self.held = b"" if self.in_line else last_line
-        return others[1 : len(others) - len(self.held)]
-
-
-class TerminalText:
-    """Turns bytes into text that is safe on a terminal, however the stream is cut into chunks."""
-
-    def __init__(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.before = " "  # the last character, or a space if it is invisible: a joiner may follow
-        self.held = ""  # a carriage return or a joiner: what it means depends on the next character
-
-    def feed(self, data: bytes, final: bool) -> str:
-        """Return the text of the next bytes, escaped.  CR LF ends a line like LF."""
-        text = self.before + self.held + self.decoder.decode(data, final)
-        self.held = text[-1] if text.endswith(("\r", *JOINERS)) and not final else ""
-        text = text[: len(text) - len(self.held)]
-        self.before = text[-1] if text[-1].isprintable() else " "
-        return UNUSUAL.sub(escape, text.replace("\r\n", "\n"))[1:]
-
-
-def escape(found: re.Match[str]) -> str:
-    """Return an unusual character, escaped if it could harm a terminal or its reader: `\\x1b`, `\\u202e`.
-
-    The harmful ones are controls, line separators, invisible characters, and characters that
-    change the order of others.  A joiner between two visible characters is kept.
-    """
-    character, code = found[0], ord(found[0])
-    neighbours = found.string[found.start() - 1] + found.string[found.end() : found.end() + 1]
-    are_visible = neighbours.isprintable() and len(neighbours.strip()) == 2
-    if character.isprintable() or (character in JOINERS and are_visible):
-        return character
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-# -------------------------------------------------------------------- the connection
-
-
-class Connection:
-    """The connection to the server: unsent data, the end of both directions, and counts."""
-
-    def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
-        sock.setblocking(False)
-        self.sock, self.raw = sock, raw
-        self.unsent = memoryview(messages)
-        self.input_ended = bool(messages)  # no more standard input is read
-        self.half_closed = False  # our end of file is sent
-        self.at_eof = False  # the server's end of file is received, or the connection is broken
-        self.sent = self.received = 0  # bytes
-        self.messages = 0  # sent messages: each ends with a newline, the last one with our end of file
-        self.partial = False  # a part of a message is sent
-        self.parser = PingParser()
-        self.failure = ""  # why the conversation is incomplete
-
-    def read_input(self) -> bytes:
-        """Read a chunk of standard input, and send what fits; return the chunk."""
-        chunk = b""
-        try:
-            chunk = os.read(STANDARD_INPUT, SIZE)
-        except BlockingIOError:  # another program has read it
-            return b""
-        except OSError as error:
-            self.fail(f"standard input cannot be read: {reason(error)}")
-        if not chunk:
-            self.input_ended = True
-        self.unsent = memoryview(chunk)
-        self.send()
-        return chunk
-
-    def send(self) -> None:
-        """Send what fits.  After the last byte, send our end of file."""
-        try:
-            if self.unsent:
-                size = self.sock.send(self.unsent)
-                self.sent += size
-                if not self.raw:
-                    data = bytes(self.unsent[:size])
-                    self.messages += data.count(b"\n")
-                    self.partial = not data.endswith(b"\n")
-                self.unsent = self.unsent[size:] or NOTHING  # frees the chunk: the next one is faster
-            if self.input_ended and not self.unsent:
-                self.half_closed = True
-                self.messages += self.partial
-                self.sock.shutdown(socket.SHUT_WR)
-        except BlockingIOError:
-            pass
-        except OSError as error:  # data that arrived before a reset can still be received
-            self.fail(f"the connection is broken: {reason(error)}")
-
-    def receive(self) -> bytes:
-        """Receive a chunk, and count its pings; return the bytes to show."""
-        chunk = b""
-        try:
-            chunk = self.sock.recv(SIZE)
-        except BlockingIOError:
-            return b""
-        except OSError as error:
-            self.fail(f"the connection is broken: {reason(error)}")
-        self.received, self.at_eof = self.received + len(chunk), not chunk
-        if self.at_eof and (self.unsent or not self.input_ended):
-            self.fail("the server has ended the conversation")
-        if self.raw:
-            return chunk
-        return self.parser.feed(chunk) if chunk else self.parser.held
-
-    def fail(self, failure: str) -> None:
-        """Send nothing more but our end of file.  The summary reports the first failure."""
-        self.failure = self.failure or failure
-        self.unsent, self.input_ended, self.partial = NOTHING, True, False
-
-    def summary(self) -> str:
-        """Return what has been sent and received, in words."""
-        sent, received = count(self.sent, "byte"), count(self.received, "byte")
-        if not self.raw:
-            pings, others = self.parser.pings, self.received - self.parser.pings * len(PING)
-            sent = f"{count(self.messages, 'message')}, {sent}"
-            received = count(pings, "ping") + (f", {count(others, 'other byte')}" if others else "")
-        return f"sent {sent}; received {received}"
-
-
-# -------------------------------------------------------------------- the user
-
-
-class Output:
-    """Standard output or standard error.  A write never waits: what does not fit stays unwritten.
-
-    A write that does not fit waits, even if select has reported the descriptor as writable.
-    O_NONBLOCK prevents that, but on an inherited descriptor it affects every process that shares
-    it, such as the shell.  So reopen it.  If this is not possible, PIPE_BUF bytes always fit.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.limit: int | None = None  # bytes of a write, if a longer one could wait
-        self.unwritten, self.failure = NOTHING, ""
-        mode = os.fstat(descriptor).st_mode
-        if not (WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):  # a file has no reader to wait for
-            with suppress(OSError):
-                self.descriptor = os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            if os.get_blocking(self.descriptor):  # on macOS, opening it is only a dup(2)
-                self.limit = select.PIPE_BUF
-
-    def write(self, data: bytes) -> None:
-        """Write what fits.  After an error, discard everything."""
-        if not self.failure:
-            self.unwritten = memoryview(bytes(self.unwritten) + data)  # no copy if nothing is unwritten
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what fits of what is unwritten."""
-        try:
-            while self.unwritten:
-                if self.limit and not select.select([], [self.descriptor], [], 0)[1]:
-                    break
-                size = os.write(self.descriptor, self.unwritten[: self.limit])
-                self.unwritten = self.unwritten[size:] or NOTHING  # frees the chunk
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self.unwritten, self.failure = NOTHING, reason(error)
-
-
-class Dialogue:
-    """What the user sees: received data and, if standard input is a terminal, prompts and answers.
-
-    Data is shown below a prompt, never over it: the user may have typed half a line.
-    """
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.interactive = os.isatty(STANDARD_INPUT) and not connection.input_ended and not connection.raw
-        self.output, self.errors = Output(1), Output(2)
-        self.terminal = os.isatty(1)
-        self.terminal_text = TerminalText() if self.terminal and not connection.raw else None
-        self.screen = self.output if self.interactive and self.terminal else self.errors
-        self.row = ""  # what the last row of the terminal holds: nothing, PROMPT or DATA
-        self.asked = False  # the last line that the user has typed has no answer
-        self.silence_reported = False
-        # The time of the last input or data; 0.0 before the first.  After a typed line, it is in
-        # the future, and nothing is received until then: the user may be pasting more lines.
-        self.idle_since = time.monotonic() if connection.unsent else 0.0
-
-    def note_input(self, chunk: bytes) -> None:
-        """Note what has been read from standard input."""
-        if self.interactive and chunk.endswith(b"\n"):  # Ctrl-D sends a line without its end
-            self.row, self.asked = "", True
-        self.idle_since = time.monotonic() + (QUIET if self.interactive else 0.0)
-
-    def show(self, data: bytes) -> None:
-        """Write received data."""
-        if self.terminal_text:
-            data = self.terminal_text.feed(data, self.connection.at_eof).encode()
-        if data and self.terminal:
-            if self.row == PROMPT:
-                data = b"\n" + data
-            self.row, self.asked = "" if data.endswith(b"\n") else DATA, False
-            self.idle_since = time.monotonic()
-        self.output.write(data)
-
-    def is_silent(self) -> bool:
-        """Return whether the server has not answered any input, and no notice has reported that."""
-        heard = self.connection.received or self.connection.at_eof or self.silence_reported
-        return self.idle_since > 0 and not heard
-
-    def due(self) -> float:
-        """Return the time of the next answer, or NEVER."""
-        if self.is_silent():
-            return self.idle_since + SILENCE
-        if self.interactive and not self.connection.input_ended and not self.row:
-            return self.idle_since + QUIET
-        return NEVER
-
-    def answer(self) -> None:
-        """Write a count of pings, a notice of silence, and a prompt, as needed."""
-        pings, received, text = self.connection.parser.pings, self.connection.received, ""
-        if self.asked and (pings or not received):  # else the data is the answer, as in an echo
-            text = f"{count(pings, 'ping')} so far\n"
-        if self.is_silent():
-            text, self.silence_reported = text + SILENCE_NOTICE, True
-        if self.interactive and not self.connection.input_ended:
-            text += PROMPT
-        if self.row:
-            text = "\n" + text
-        self.row, self.asked = PROMPT if text.endswith(PROMPT) else "", False
-        self.screen.write(text.encode())  # last, because resume() may change the row at any time
-
-    def finish(self, summary: str, signalled: bool) -> None:
-        """Write the summary to standard error, on a terminal in a row of its own."""
-        shares_row = self.interactive or (self.terminal and os.isatty(2))
-        if shares_row and (signalled or self.row):  # a terminal shows Ctrl-C as ^C
-            self.screen.write(b"\n")
-        self.errors.write(summary.encode())
-
-
-# -------------------------------------------------------------------- the conversation
+# -------------------------------------------------------------------- the loop
 
 
 class Conversation:
@@ -440,6 +177,266 @@ def handle_stop_signals(handler: Any) -> None:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+# -------------------------------------------------------------------- the connection
+
+
+class Connection:
+    """The connection to the server: unsent data, the end of both directions, and counts."""
+
+    def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
+        sock.setblocking(False)
+        self.sock, self.raw = sock, raw
+        self.unsent = memoryview(messages)
+        self.input_ended = bool(messages)  # no more standard input is read
+        self.half_closed = False  # our end of file is sent
+        self.at_eof = False  # the server's end of file is received, or the connection is broken
+        self.sent = self.received = 0  # bytes
+        self.messages = 0  # sent messages: each ends with a newline, the last one with our end of file
+        self.partial = False  # a part of a message is sent
+        self.parser = PingParser()
+        self.failure = ""  # why the conversation is incomplete
+
+    def read_input(self) -> bytes:
+        """Read a chunk of standard input, and send what fits; return the chunk."""
+        chunk = b""
+        try:
+            chunk = os.read(STANDARD_INPUT, SIZE)
+        except BlockingIOError:  # another program has read it
+            return b""
+        except OSError as error:
+            self.fail(f"standard input cannot be read: {reason(error)}")
+        if not chunk:
+            self.input_ended = True
+        self.unsent = memoryview(chunk)
+        self.send()
+        return chunk
+
+    def send(self) -> None:
+        """Send what fits.  After the last byte, send our end of file."""
+        try:
+            if self.unsent:
+                size = self.sock.send(self.unsent)
+                self.sent += size
+                if not self.raw:
+                    data = bytes(self.unsent[:size])
+                    self.messages += data.count(b"\n")
+                    self.partial = not data.endswith(b"\n")
+                self.unsent = self.unsent[size:] or NOTHING  # frees the chunk: the next one is faster
+            if self.input_ended and not self.unsent:
+                self.half_closed = True
+                self.messages += self.partial
+                self.sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            pass
+        except OSError as error:  # data that arrived before a reset can still be received
+            self.fail(f"the connection is broken: {reason(error)}")
+
+    def receive(self) -> bytes:
+        """Receive a chunk, and count its pings; return the bytes to show."""
+        chunk = b""
+        try:
+            chunk = self.sock.recv(SIZE)
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            self.fail(f"the connection is broken: {reason(error)}")
+        self.received, self.at_eof = self.received + len(chunk), not chunk
+        if self.at_eof and (self.unsent or not self.input_ended):
+            self.fail("the server has ended the conversation")
+        if self.raw:
+            return chunk
+        return self.parser.feed(chunk) if chunk else self.parser.held
+
+    def fail(self, failure: str) -> None:
+        """Send nothing more but our end of file.  The summary reports the first failure."""
+        self.failure = self.failure or failure
+        self.unsent, self.input_ended, self.partial = NOTHING, True, False
+
+    def summary(self) -> str:
+        """Return what has been sent and received, in words."""
+        sent, received = count(self.sent, "byte"), count(self.received, "byte")
+        if not self.raw:
+            pings, others = self.parser.pings, self.received - self.parser.pings * len(PING)
+            sent = f"{count(self.messages, 'message')}, {sent}"
+            received = count(pings, "ping") + (f", {count(others, 'other byte')}" if others else "")
+        return f"sent {sent}; received {received}"
+
+
+class PingParser:
+    """Separates pings from other bytes.
+
+    A byte stream has no message boundaries.  `ping` counts at the start of the stream, after
+    another ping, or after a newline.  Any other byte begins a line that is no ping up to its
+    newline, even with a `ping` in it: the echo of `shopping`.
+
+    A regular expression removes the pings after each newline.  Between two chunks the parser
+    remembers whether it is in a line that is no ping, and holds back the first bytes of a ping
+    that the end of the chunk has cut.
+    """
+
+    def __init__(self) -> None:
+        self.pings, self.in_line, self.held = 0, False, b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Count the pings in the next bytes of the stream; return the other bytes."""
+        if not self.in_line and PINGS.startswith(chunk, len(self.held)):  # nothing but pings: no copy
+            size = len(self.held) + len(chunk)
+            self.pings, self.held = self.pings + size // len(PING), PING[: size % len(PING)]
+            return b""
+        data = (b"-" if self.in_line else b"\n") + self.held + chunk  # pings count after a newline
+        others = NEWLINE_AND_PINGS.sub(b"\n", data)
+        self.pings += (len(data) - len(others)) // len(PING)
+        last_line = others[others.rfind(b"\n") + 1 :]
+        self.in_line = not PING.startswith(last_line)
+        self.held = b"" if self.in_line else last_line
+        return others[1 : len(others) - len(self.held)]
+
+
+# -------------------------------------------------------------------- the user
+
+
+class Dialogue:
+    """What the user sees: received data and, if standard input is a terminal, prompts and answers.
+
+    Data is shown below a prompt, never over it: the user may have typed half a line.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.interactive = os.isatty(STANDARD_INPUT) and not connection.input_ended and not connection.raw
+        self.output, self.errors = Output(1), Output(2)
+        self.terminal = os.isatty(1)
+        self.terminal_text = TerminalText() if self.terminal and not connection.raw else None
+        self.screen = self.output if self.interactive and self.terminal else self.errors
+        self.row = ""  # what the last row of the terminal holds: nothing, PROMPT or DATA
+        self.asked = False  # the last line that the user has typed has no answer
+        self.silence_reported = False
+        # The time of the last input or data; 0.0 before the first.  After a typed line, it is in
+        # the future, and nothing is received until then: the user may be pasting more lines.
+        self.idle_since = time.monotonic() if connection.unsent else 0.0
+
+    def note_input(self, chunk: bytes) -> None:
+        """Note what has been read from standard input."""
+        if self.interactive and chunk.endswith(b"\n"):  # Ctrl-D sends a line without its end
+            self.row, self.asked = "", True
+        self.idle_since = time.monotonic() + (QUIET if self.interactive else 0.0)
+
+    def show(self, data: bytes) -> None:
+        """Write received data."""
+        if self.terminal_text:
+            data = self.terminal_text.feed(data, self.connection.at_eof).encode()
+        if data and self.terminal:
+            if self.row == PROMPT:
+                data = b"\n" + data
+            self.row, self.asked = "" if data.endswith(b"\n") else DATA, False
+            self.idle_since = time.monotonic()
+        self.output.write(data)
+
+    def is_silent(self) -> bool:
+        """Return whether the server has not answered any input, and no notice has reported that."""
+        heard = self.connection.received or self.connection.at_eof or self.silence_reported
+        return self.idle_since > 0 and not heard
+
+    def due(self) -> float:
+        """Return the time of the next answer, or NEVER."""
+        if self.is_silent():
+            return self.idle_since + SILENCE
+        if self.interactive and not self.connection.input_ended and not self.row:
+            return self.idle_since + QUIET
+        return NEVER
+
+    def answer(self) -> None:
+        """Write a count of pings, a notice of silence, and a prompt, as needed."""
+        pings, received, text = self.connection.parser.pings, self.connection.received, ""
+        if self.asked and (pings or not received):  # else the data is the answer, as in an echo
+            text = f"{count(pings, 'ping')} so far\n"
+        if self.is_silent():
+            text, self.silence_reported = text + SILENCE_NOTICE, True
+        if self.interactive and not self.connection.input_ended:
+            text += PROMPT
+        if self.row:
+            text = "\n" + text
+        self.row, self.asked = PROMPT if text.endswith(PROMPT) else "", False
+        self.screen.write(text.encode())  # last, because resume() may change the row at any time
+
+    def finish(self, summary: str, signalled: bool) -> None:
+        """Write the summary to standard error, on a terminal in a row of its own."""
+        shares_row = self.interactive or (self.terminal and os.isatty(2))
+        if shares_row and (signalled or self.row):  # a terminal shows Ctrl-C as ^C
+            self.screen.write(b"\n")
+        self.errors.write(summary.encode())
+
+
+class Output:
+    """Standard output or standard error.  A write never waits: what does not fit stays unwritten.
+
+    A write that does not fit waits, even if select has reported the descriptor as writable.
+    O_NONBLOCK prevents that, but on an inherited descriptor it affects every process that shares
+    it, such as the shell.  So reopen it.  If this is not possible, PIPE_BUF bytes always fit.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.limit: int | None = None  # bytes of a write, if a longer one could wait
+        self.unwritten, self.failure = NOTHING, ""
+        mode = os.fstat(descriptor).st_mode
+        if not (WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):  # a file has no reader to wait for
+            with suppress(OSError):
+                self.descriptor = os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            if os.get_blocking(self.descriptor):  # on macOS, opening it is only a dup(2)
+                self.limit = select.PIPE_BUF
+
+    def write(self, data: bytes) -> None:
+        """Write what fits.  After an error, discard everything."""
+        if not self.failure:
+            self.unwritten = memoryview(bytes(self.unwritten) + data)  # no copy if nothing is unwritten
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what fits of what is unwritten."""
+        try:
+            while self.unwritten:
+                if self.limit and not select.select([], [self.descriptor], [], 0)[1]:
+                    break
+                size = os.write(self.descriptor, self.unwritten[: self.limit])
+                self.unwritten = self.unwritten[size:] or NOTHING  # frees the chunk
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.unwritten, self.failure = NOTHING, reason(error)
+
+
+class TerminalText:
+    """Turns bytes into text that is safe on a terminal, however the stream is cut into chunks."""
+
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.before = " "  # the last character, or a space if it is invisible: a joiner may follow
+        self.held = ""  # a carriage return or a joiner: what it means depends on the next character
+
+    def feed(self, data: bytes, final: bool) -> str:
+        """Return the text of the next bytes, escaped.  CR LF ends a line like LF."""
+        text = self.before + self.held + self.decoder.decode(data, final)
+        self.held = text[-1] if text.endswith(("\r", *JOINERS)) and not final else ""
+        text = text[: len(text) - len(self.held)]
+        self.before = text[-1] if text[-1].isprintable() else " "
+        return UNUSUAL.sub(escape, text.replace("\r\n", "\n"))[1:]
+
+
+def escape(found: re.Match[str]) -> str:
+    """Return an unusual character, escaped if it could harm a terminal or its reader: `\\x1b`, `\\u202e`.
+
+    The harmful ones are controls, line separators, invisible characters, and characters that
+    change the order of others.  A joiner between two visible characters is kept.
+    """
+    character, code = found[0], ord(found[0])
+    neighbours = found.string[found.start() - 1] + found.string[found.end() : found.end() + 1]
+    are_visible = neighbours.isprintable() and len(neighbours.strip()) == 2
+    if character.isprintable() or (character in JOINERS and are_visible):
+        return character
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 # -------------------------------------------------------------------- the command line
