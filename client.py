@@ -457,8 +457,8 @@ def arguments() -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--host", default=HOST, help="the server's address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="the server's port (default: %(default)s)")
-    parser.add_argument("--raw", action="store_true", help="write all bytes as they are; count no pings")
-    parser.add_argument("message", nargs="*", metavar="MESSAGE", help="a line (default: standard input)")
+    parser.add_argument("--raw", action="store_true", help="write received bytes as they are; count no pings")
+    parser.add_argument("message", nargs="*", metavar="MESSAGE", help="send a line (default: standard input)")
     options = parser.parse_args()
     if not 0 < options.port < 65536:
         parser.error("argument --port: must be from 1 to 65535")
