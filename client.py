@@ -2,16 +2,16 @@
 """A client for non_block_io_server.py: it sends messages and counts the pings that it receives.
 
 The server waits with epoll(7), because it has thousands of descriptors.  The client has five, so it
-waits with select(2), which every system has:
+waits with select(2), which every system has.  Conversation.exchange is the loop:
 
-    it waits for                     while                      and then
-    -------------------------------  -------------------------  ------------------------------------
-    data from standard input         nothing is unsent          Sender.read: reads and sends a chunk
-    room in the connection           a chunk is unsent          Sender.send: sends what fits
-    data from the connection         everything is written      Receiver.receive: receives a chunk
-    room in standard output          a chunk is unwritten       Output.flush: writes what fits
-    the time of an answer            the user gets one          Dialogue.answer: answers and prompts
-    a signal, by a socket pair       always                     Conversation.stop: sets a deadline
+    it waits for                     while                      and then calls
+    -------------------------------  -------------------------  ---------------------------------------
+    data from standard input         nothing is unsent          Connection.read_input
+    room in the connection           a chunk is unsent          Connection.send
+    data from the connection         everything is written      Connection.receive and Dialogue.show
+    room in standard output          a chunk is unwritten       Output.flush
+    the time of an answer            the user gets one          Dialogue.answer
+    a signal                         always                     Conversation.stop, which sets a deadline
 
 It never reads what it cannot pass on, so a slow reader slows down the sender (backpressure).
 
@@ -41,23 +41,23 @@ if TYPE_CHECKING:
     from typing import Any
 
 HOST, PORT = "127.0.0.1", 10001
+STANDARD_INPUT = 0  # the descriptor
 SIZE = 256 * 1024  # bytes of one chunk
-QUIET = 0.1  # seconds without a new line until an interactive user gets the answer and a prompt
-SILENCE = 1.0  # seconds without a byte from the server until a line reports that
+QUIET = 0.1  # seconds without a new line until the user gets an answer and a prompt
+SILENCE = 1.0  # seconds without a byte from the server until a notice reports that
 GRACE = 0.8  # seconds to close gracefully after a signal
 SHORT_GRACE = 0.1  # seconds after a second signal; not 0, because timeout(1) may send one signal twice
 NEVER = float("inf")
 NOTHING = memoryview(b"")
 
 PING = b"ping"
-PINGS = PING * (SIZE // len(PING) + 2)  # what a chunk of pings is compared with
-RUN_OF_PINGS = re.compile(rb"^(?:ping)+", re.MULTILINE)
-PROMPT = "> "
-EMPTY, LINE, DATA = "empty", "line", "data"  # other states of a row: nothing, a typed line, data
+PINGS = PING * (SIZE // len(PING) + 2)  # to compare a chunk with
+NEWLINE_AND_PINGS = re.compile(rb"\n(?:ping)+")
+PROMPT, DATA = "> ", "data"  # what the last row of a terminal can hold
 SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another client\n"
 
-UNUSUAL = re.compile(r"[^\w !-~\t\n]")  # any character but letters, digits and what ASCII prints
-SPACES = "\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+# Any character but letters and digits of all scripts, printable ASCII, tabs, newlines and spaces
+UNUSUAL = re.compile("[^\\w\t\n !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 JOINERS = "\u200c\u200d"  # hold Persian words and emoji families together
 
 WINDOWS = sys.platform == "win32"  # select(2) takes nothing but sockets there
@@ -79,285 +79,15 @@ def reason(error: Exception) -> str:
     return "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", "") or str(error)
 
 
-# -------------------------------------------------------------------- what is received
-
-
-class PingParser:
-    """Separates pings from other bytes.
-
-    A byte stream has no message boundaries.  `ping` counts at the start of the stream, after
-    another ping, or after a newline.  Any other byte begins a line that is no ping up to its
-    newline, even with a `ping` in it: the echo of `shopping`.
-
-    The state is what the next chunk continues:
-        b""                 the start of a line, or a whole ping
-        b"p", b"pi", b"pin" a ping that the end of the chunk has cut
-        OTHER               another line
-    """
-
-    OTHER = b"-"
-
-    def __init__(self) -> None:
-        self.pings, self.state = 0, b""
-
-    def feed(self, chunk: bytes | memoryview) -> bytes:
-        """Count the pings in the next bytes of the stream; return the other bytes."""
-        if self.state != self.OTHER and PINGS.startswith(chunk, len(self.state)):  # nothing but pings
-            size = len(self.state) + len(chunk)
-            self.pings, self.state = self.pings + size // len(PING), PING[: size % len(PING)]
-            return b""
-        data = self.state + chunk  # OTHER before it keeps a `ping` from standing at the start of a line
-        others = RUN_OF_PINGS.sub(b"", data)
-        self.pings += (len(data) - len(others)) // len(PING)
-        start = len(self.OTHER) if self.state == self.OTHER else 0
-        last_line = others[others.rfind(b"\n") + 1 :]
-        if PING.startswith(last_line):
-            self.state = last_line
-            return others[start : len(others) - len(last_line)]
-        self.state = self.OTHER
-        return others[start:]
-
-    def finish(self) -> bytes:
-        """Return the bytes of a ping that the end of the stream has cut."""
-        return b"" if self.state == self.OTHER else self.state
-
-
-def escape(text: str) -> str:
-    """Escape what could harm a terminal or its reader: `\\x1b`, `\\u202e`, `\\U000e0041`.
-
-    These are controls, separators of lines, invisible characters, and characters that change
-    the order of others: all that str.isprintable() refuses, except tab, newline, spaces, and
-    joiners between two visible characters.
-    """
-
-    def escaped(found: re.Match[str]) -> str:
-        """Return the character, or its escape."""
-        character, code = found[0], ord(found[0])
-        if character.isprintable() or character in SPACES:
-            return character
-        before, after = text[found.start() - 1 : found.start()], text[found.end() : found.end() + 1]
-        if character in JOINERS and is_visible(before) and is_visible(after):
-            return character
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-    return UNUSUAL.sub(escaped, text)
-
-
-def is_visible(character: str) -> bool:
-    """Return whether it is one printable character and no space."""
-    return bool(character.strip()) and character.isprintable()
-
-
-class TerminalText:
-    """Turns bytes into text that is safe on a terminal, however the stream is cut into chunks."""
-
-    def __init__(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.before = ""  # the last character, if it is visible: a joiner may follow
-        self.held = ""  # a carriage return or a joiner: what it means depends on the next character
-
-    def feed(self, data: bytes, final: bool) -> str:
-        """Return the text of the next bytes, escaped.  CR LF ends a line like LF."""
-        text = self.before + self.held + self.decoder.decode(data, final)
-        shown = len(self.before)
-        self.held = text[-1] if text.endswith(("\r", *JOINERS)) and not final else ""
-        text = text[: len(text) - len(self.held)]
-        self.before = text[-1:] if is_visible(text[-1:]) else ""
-        return escape(text.replace("\r\n", "\n"))[shown:]
-
-
-# -------------------------------------------------------------------- the two directions
-
-
-class Sender:
-    """The direction to the server: the messages, or else standard input."""
-
-    def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
-        self.sock, self.raw = sock, raw
-        self.unsent = memoryview(messages)
-        self.input_ended = bool(messages)  # nothing more is read
-        self.half_closed = False  # our end of file is sent
-        self.sent = self.newlines = 0  # bytes, and how many of them are newlines
-        self.partial = False  # the last message has no newline
-        self.failure = ""
-
-    def read(self) -> bool:
-        """Read a chunk of standard input, send what the connection takes; return whether it ends a line."""
-        try:
-            chunk = os.read(0, SIZE)
-        except BlockingIOError:  # another program has read it
-            return False
-        except OSError as error:
-            chunk, self.failure = b"", f"standard input cannot be read: {reason(error)}"
-        if not chunk:
-            self.input_ended = True
-        self.unsent = memoryview(chunk)
-        self.send()
-        return chunk.endswith(b"\n")
-
-    def send(self) -> None:
-        """Send what the connection takes and, after everything, our end of file."""
-        try:
-            if self.unsent:
-                size = self.sock.send(self.unsent)
-                if not self.raw:
-                    sent = bytes(self.unsent[:size])
-                    self.newlines += sent.count(b"\n")
-                    self.partial = not sent.endswith(b"\n")
-                self.sent, self.unsent = self.sent + size, self.unsent[size:] or NOTHING
-            if self.input_ended and not self.unsent:
-                self.half_closed = True
-                self.sock.shutdown(socket.SHUT_WR)
-        except BlockingIOError:
-            pass
-        except OSError as error:  # data that arrived before a reset can still be received
-            self.failure = self.failure or f"the connection is broken: {reason(error)}"
-            self.unsent, self.input_ended, self.half_closed = NOTHING, True, True
-
-
-class Receiver:
-    """The direction from the server."""
-
-    def __init__(self, sock: socket.socket, raw: bool) -> None:
-        self.sock, self.raw = sock, raw
-        self.parser = PingParser()
-        self.received = 0  # bytes
-        self.at_eof = False  # the server has ended its direction, or the connection is broken
-        self.failure = ""
-
-    def receive(self) -> bytes:
-        """Receive a chunk, and count its pings; return the bytes to show."""
-        chunk = b""
-        try:
-            chunk = self.sock.recv(SIZE)
-        except BlockingIOError:
-            return b""
-        except OSError as error:
-            self.failure = f"the connection is broken: {reason(error)}"
-        self.received, self.at_eof = self.received + len(chunk), not chunk
-        if self.raw:
-            return chunk
-        return self.parser.feed(chunk) if chunk else self.parser.finish()
-
-
-# -------------------------------------------------------------------- the user
-
-
-class Output:
-    """Standard output or standard error.  A write never waits: what does not fit stays unwritten.
-
-    A write that does not fit waits, even if select has reported the descriptor as writable.
-    O_NONBLOCK prevents that, but on an inherited descriptor it affects every process that shares
-    it, such as the shell.  So reopen it.  If this is not possible, PIPE_BUF bytes always fit.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.descriptor, self.may_wait = number, False
-        self.unwritten = NOTHING
-        self.failure = ""
-        mode = os.fstat(number).st_mode
-        if not (WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):  # a file has no reader to wait for
-            with suppress(OSError):
-                self.descriptor = os.open(f"/dev/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            self.may_wait = os.get_blocking(self.descriptor)  # on macOS, opening it is only a dup(2)
-
-    def write(self, data: bytes) -> None:
-        """Write what fits.  After an error, discard everything."""
-        if not self.failure:
-            self.unwritten = memoryview(b"".join([self.unwritten, data]) if self.unwritten else data)
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what fits of what is unwritten."""
-        size = select.PIPE_BUF if self.may_wait else SIZE
-        try:
-            while self.unwritten:
-                if self.may_wait and not select.select([], [self.descriptor], [], 0)[1]:
-                    break
-                self.unwritten = self.unwritten[os.write(self.descriptor, self.unwritten[:size]) :] or NOTHING
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self.unwritten, self.failure = NOTHING, reason(error)
-
-
-class Dialogue:
-    """What the user sees: received data and, if he types at a terminal, prompts and answers.
-
-    Data is shown below a prompt, never over it: the user may have typed half a line.
-    """
-
-    def __init__(self, sender: Sender, receiver: Receiver, interactive: bool) -> None:
-        self.sender, self.receiver, self.interactive = sender, receiver, interactive
-        self.output, self.errors = Output(1), Output(2)
-        self.terminal = os.isatty(1)
-        self.terminal_text = TerminalText() if self.terminal and not receiver.raw else None
-        self.screen = self.output if interactive and self.terminal else self.errors
-        self.row = EMPTY  # what the last row of the terminal holds
-        self.silence_reported = False
-        # Since when nothing is read or shown.  It is in the future while the user may be pasting lines.
-        self.idle_since = time.monotonic() if sender.unsent else 0.0
-
-    def read(self) -> None:
-        """Let the sender read a chunk of standard input."""
-        ends_line = self.sender.read()
-        if self.interactive and ends_line:  # Ctrl-D sends a line without its end
-            self.row = LINE
-        self.idle_since = time.monotonic() + (QUIET if self.interactive else 0.0)
-
-    def show(self) -> None:
-        """Let the receiver receive a chunk, and write what is to be shown."""
-        data = self.receiver.receive()
-        if self.terminal_text:
-            data = self.terminal_text.feed(data, self.receiver.at_eof).encode()
-        if data and self.terminal:
-            if self.row == PROMPT:
-                data = b"\n" + data
-            self.row, self.idle_since = EMPTY if data.endswith(b"\n") else DATA, time.monotonic()
-        self.output.write(data)
-
-    def answer(self) -> float:
-        """Write a count, a notice and a prompt if they are due; return when the next ones are."""
-        pings, received, text = self.receiver.parser.pings, self.receiver.received, ""
-        if self.row == LINE and (pings or not received):  # else the data is the answer, as in an echo
-            text = f"{count(pings, 'ping')} so far\n"
-        is_silent = not (received or self.silence_reported) and (self.sender.sent or self.sender.input_ended)
-        if is_silent:
-            text += SILENCE_NOTICE
-        if self.interactive and not self.sender.input_ended and (text or self.row in (EMPTY, LINE)):
-            text += PROMPT
-        if not text:
-            return NEVER
-        when = self.idle_since + (SILENCE if is_silent else QUIET)
-        if time.monotonic() < when:
-            return when
-        self.screen.write(("\n" + text if self.row in (PROMPT, DATA) else text).encode())
-        self.row = PROMPT if text.endswith(PROMPT) else EMPTY
-        self.silence_reported = self.silence_reported or bool(is_silent)
-        return NEVER
-
-    def finish(self, summary: str, signalled: bool) -> None:
-        """Write the summary to standard error, on a terminal in a row of its own."""
-        shares_row = self.interactive or (self.terminal and os.isatty(2))
-        if shares_row and (signalled or self.row in (PROMPT, DATA)):  # a terminal shows Ctrl-C as ^C
-            self.screen.write(b"\n")
-        self.errors.write(summary.encode())
-
-
-# -------------------------------------------------------------------- the conversation
+# -------------------------------------------------------------------- the loop
 
 
 class Conversation:
-    """Both directions, the user, and the signals that end it."""
+    """The loop, and the signals and the deadline that end it."""
 
-    def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
-        """Prepare to send the messages or, without any, standard input."""
-        self.sock, self.raw = sock, raw
-        self.sender = Sender(sock, messages, raw)
-        self.receiver = Receiver(sock, raw)
-        self.dialogue = Dialogue(self.sender, self.receiver, os.isatty(0) and not messages and not raw)
+    def __init__(self, connection: Connection) -> None:
+        self.connection, self.dialogue = connection, Dialogue(connection)
         self.signals, self.deadline = 0, NEVER  # number of stop signals; end of the conversation
-        sock.setblocking(False)
         self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
@@ -368,97 +98,77 @@ class Conversation:
     def run(self) -> int:
         """Exchange data, and write the summary; return the exit status."""
         self.exchange()
-        failure = self.failure()
-        self.dialogue.finish(f"{failure}{'; ' if failure else ''}{self.summary()}\n", self.signals > 0)
+        connection, output = self.connection, self.dialogue.output
+        if output.failure and not self.signals:  # Ctrl-C also ends the program that reads the output
+            connection.fail(f"standard output can no longer be written: {output.failure}")
+        if connection.unsent:
+            connection.fail("not everything was sent")
+        if self.signals > 1 and not connection.at_eof:
+            connection.fail("a second signal has ended the conversation")
+        lost = f"{count(len(output.unwritten), 'byte')} not written" if output.unwritten else ""
+        summary = "; ".join(filter(None, [connection.failure, connection.summary(), lost]))
+        self.dialogue.finish(f"{summary}\n", self.signals > 0)
         self.exchange()  # until the summary is written
-        return 1 if failure else 0
+        return 1 if connection.failure else 0
 
     def exchange(self) -> None:
-        """Pass data on until the server's end of file and until all is written, or until the deadline."""
-        sender, receiver, dialogue = self.sender, self.receiver, self.dialogue
+        """Pass data on until the server's end of file is received and everything is written.
+
+        The deadline ends this earlier.
+        """
+        connection, dialogue = self.connection, self.dialogue
         output, errors = dialogue.output, dialogue.errors
-        while not receiver.at_eof or output.unwritten or errors.unwritten:
+        while not connection.at_eof or output.unwritten or errors.unwritten:
             if time.monotonic() >= self.deadline:
                 break
+            if time.monotonic() >= dialogue.due():
+                dialogue.answer()
             readable, writable = self.wait()
             if self.wakeup in readable:
                 self.wakeup.recv(64)
-            if 0 in readable:
-                dialogue.read()
-            if self.sock in writable:
-                sender.send()
-            if self.sock in readable:
-                dialogue.show()
+            if STANDARD_INPUT in readable:
+                dialogue.note_input(connection.read_input())
+            if connection.sock in writable:
+                connection.send()
+            if connection.sock in readable:
+                dialogue.show(connection.receive())
             output.flush()
             errors.flush()
             if output.failure:
                 self.end_within(GRACE)
 
     def wait(self) -> tuple[list[Any], list[Any]]:
-        """Wait until data can be passed on, for a signal or for a time; return what is ready."""
-        sender, dialogue, until = self.sender, self.dialogue, self.deadline
+        """Wait for descriptors, a signal or a time; return the ready (readable, writable) ones."""
+        connection, dialogue, now = self.connection, self.dialogue, time.monotonic()
+        is_paste = now < dialogue.idle_since
         reads: list[Any] = [self.wakeup]
-        writes: list[Any] = [
-            output.descriptor for output in (dialogue.output, dialogue.errors) if output.unwritten
-        ]
-        if not self.receiver.at_eof:
-            if time.monotonic() < dialogue.idle_since:
-                until = min(until, dialogue.idle_since)
-            elif not dialogue.output.unwritten:
-                reads.append(self.sock)
-            if sender.unsent or (sender.input_ended and not sender.half_closed):
-                writes.append(self.sock)
-            elif not sender.input_ended:
-                reads.append(0)
-            if self.deadline == NEVER:
-                until = min(until, dialogue.answer())
-        timeout = None if until == NEVER else max(until - time.monotonic(), 0)
+        outputs = dialogue.output, dialogue.errors
+        writes: list[Any] = [output.descriptor for output in outputs if output.unwritten]
+        if not (connection.at_eof or dialogue.output.unwritten or is_paste):
+            reads.append(connection.sock)
+        if connection.unsent or (connection.input_ended and not connection.half_closed):
+            writes.append(connection.sock)
+        elif not connection.input_ended:
+            reads.append(STANDARD_INPUT)
+        until = min(self.deadline, dialogue.idle_since if is_paste else dialogue.due())
+        timeout = None if until == NEVER else max(until - now, 0)
         return select.select(reads, writes, [], timeout)[:2]
 
     def stop(self, number: int, frame: Any) -> None:
-        """Handle SIGINT, SIGTERM or SIGHUP: end within a second, after a second one almost immediately."""
+        """Handle SIGINT, SIGTERM or SIGHUP: end within a second; after two of them, sooner."""
         self.signals += 1
+        self.end_within(GRACE if self.signals == 1 else SHORT_GRACE)
         if self.signals > 1:
             handle_stop_signals(signal.SIG_DFL)  # a third one kills
-        self.end_within(GRACE if self.signals == 1 else SHORT_GRACE)
 
     def end_within(self, seconds: float) -> None:
-        """Read no more input, and set the deadline for the rest of the conversation."""
-        self.sender.input_ended = True
+        """Read no more input, write no more answers, and set the deadline."""
+        self.connection.input_ended = self.dialogue.silence_reported = True
         self.deadline = min(self.deadline, time.monotonic() + seconds)
 
     def resume(self, number: int, frame: Any) -> None:
-        """Handle SIGCONT: prompt again after Ctrl-Z and `fg`."""
-        if self.dialogue.row == PROMPT:
-            self.dialogue.row = EMPTY
-
-    def failure(self) -> str:
-        """Return why the conversation is incomplete, or ""."""
-        sender, receiver, output = self.sender, self.receiver, self.dialogue.output
-        if sender.failure or receiver.failure:
-            return sender.failure or receiver.failure
-        if receiver.at_eof and (sender.unsent or not sender.input_ended):
-            return "the server has ended the conversation"
-        if output.failure and not self.signals:  # Ctrl-C also ends the program that reads the output
-            return f"standard output can no longer be written: {output.failure}"
-        if sender.unsent:
-            return "not everything was sent"
-        if self.signals > 1 and not receiver.at_eof:
-            return "a second signal has ended the conversation"
-        return ""
-
-    def summary(self) -> str:
-        """Return what has been sent and received, in words."""
-        sender, pings = self.sender, self.receiver.parser.pings
-        sent, received = count(sender.sent, "byte"), count(self.receiver.received, "byte")
-        if not self.raw:
-            messages = sender.newlines + (sender.partial and not sender.unsent)
-            others = self.receiver.received - pings * len(PING)
-            sent = f"{count(messages, 'message')}, {sent}"
-            received = count(pings, "ping") + (f", {count(others, 'other byte')}" if others else "")
-        unwritten = len(self.dialogue.output.unwritten)
-        lost = f"; {count(unwritten, 'byte')} not written" if unwritten else ""
-        return f"sent {sent}; received {received}{lost}"
+        """Handle SIGCONT after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
+        self.dialogue.row = ""
 
 
 def handle_stop_signals(handler: Any) -> None:
@@ -467,6 +177,266 @@ def handle_stop_signals(handler: Any) -> None:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+# -------------------------------------------------------------------- the connection
+
+
+class Connection:
+    """The connection to the server: unsent data, the end of both directions, and counts."""
+
+    def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
+        sock.setblocking(False)
+        self.sock, self.raw = sock, raw
+        self.unsent = memoryview(messages)
+        self.input_ended = bool(messages)  # no more standard input is read
+        self.half_closed = False  # our end of file is sent
+        self.at_eof = False  # the server's end of file is received, or the connection is broken
+        self.sent = self.received = 0  # bytes
+        self.messages = 0  # sent messages: each ends with a newline, the last one with our end of file
+        self.partial = False  # a part of a message is sent
+        self.parser = PingParser()
+        self.failure = ""  # why the conversation is incomplete
+
+    def read_input(self) -> bytes:
+        """Read a chunk of standard input, and send what fits; return the chunk."""
+        chunk = b""
+        try:
+            chunk = os.read(STANDARD_INPUT, SIZE)
+        except BlockingIOError:  # another program has read it
+            return b""
+        except OSError as error:
+            self.fail(f"standard input cannot be read: {reason(error)}")
+        if not chunk:
+            self.input_ended = True
+        self.unsent = memoryview(chunk)
+        self.send()
+        return chunk
+
+    def send(self) -> None:
+        """Send what fits.  After the last byte, send our end of file."""
+        try:
+            if self.unsent:
+                size = self.sock.send(self.unsent)
+                self.sent += size
+                if not self.raw:
+                    data = bytes(self.unsent[:size])
+                    self.messages += data.count(b"\n")
+                    self.partial = not data.endswith(b"\n")
+                self.unsent = self.unsent[size:] or NOTHING  # frees the chunk: the next one is faster
+            if self.input_ended and not self.unsent:
+                self.half_closed = True
+                self.messages += self.partial
+                self.sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            pass
+        except OSError as error:  # data that arrived before a reset can still be received
+            self.fail(f"the connection is broken: {reason(error)}")
+
+    def receive(self) -> bytes:
+        """Receive a chunk, and count its pings; return the bytes to show."""
+        chunk = b""
+        try:
+            chunk = self.sock.recv(SIZE)
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            self.fail(f"the connection is broken: {reason(error)}")
+        self.received, self.at_eof = self.received + len(chunk), not chunk
+        if self.at_eof and (self.unsent or not self.input_ended):
+            self.fail("the server has ended the conversation")
+        if self.raw:
+            return chunk
+        return self.parser.feed(chunk) if chunk else self.parser.held
+
+    def fail(self, failure: str) -> None:
+        """Send nothing more but our end of file.  The summary reports the first failure."""
+        self.failure = self.failure or failure
+        self.unsent, self.input_ended, self.partial = NOTHING, True, False
+
+    def summary(self) -> str:
+        """Return what has been sent and received, in words."""
+        sent, received = count(self.sent, "byte"), count(self.received, "byte")
+        if not self.raw:
+            pings, others = self.parser.pings, self.received - self.parser.pings * len(PING)
+            sent = f"{count(self.messages, 'message')}, {sent}"
+            received = count(pings, "ping") + (f", {count(others, 'other byte')}" if others else "")
+        return f"sent {sent}; received {received}"
+
+
+class PingParser:
+    """Separates pings from other bytes.
+
+    A byte stream has no message boundaries.  `ping` counts at the start of the stream, after
+    another ping, or after a newline.  Any other byte begins a line that is no ping up to its
+    newline, even with a `ping` in it: the echo of `shopping`.
+
+    A regular expression removes the pings after each newline.  Between two chunks the parser
+    remembers whether it is in a line that is no ping, and holds back the first bytes of a ping
+    that the end of the chunk has cut.
+    """
+
+    def __init__(self) -> None:
+        self.pings, self.in_line, self.held = 0, False, b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Count the pings in the next bytes of the stream; return the other bytes."""
+        if not self.in_line and PINGS.startswith(chunk, len(self.held)):  # nothing but pings: no copy
+            size = len(self.held) + len(chunk)
+            self.pings, self.held = self.pings + size // len(PING), PING[: size % len(PING)]
+            return b""
+        data = (b"-" if self.in_line else b"\n") + self.held + chunk  # pings count after a newline
+        others = NEWLINE_AND_PINGS.sub(b"\n", data)
+        self.pings += (len(data) - len(others)) // len(PING)
+        last_line = others[others.rfind(b"\n") + 1 :]
+        self.in_line = not PING.startswith(last_line)
+        self.held = b"" if self.in_line else last_line
+        return others[1 : len(others) - len(self.held)]
+
+
+# -------------------------------------------------------------------- the user
+
+
+class Dialogue:
+    """What the user sees: received data and, if standard input is a terminal, prompts and answers.
+
+    Data is shown below a prompt, never over it: the user may have typed half a line.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.interactive = os.isatty(STANDARD_INPUT) and not connection.input_ended and not connection.raw
+        self.output, self.errors = Output(1), Output(2)
+        self.terminal = os.isatty(1)
+        self.terminal_text = TerminalText() if self.terminal and not connection.raw else None
+        self.screen = self.output if self.interactive and self.terminal else self.errors
+        self.row = ""  # what the last row of the terminal holds: nothing, PROMPT or DATA
+        self.asked = False  # the last line that the user has typed has no answer
+        self.silence_reported = False
+        # The time of the last input or data; 0.0 before the first.  After a typed line, it is in
+        # the future, and nothing is received until then: the user may be pasting more lines.
+        self.idle_since = time.monotonic() if connection.unsent else 0.0
+
+    def note_input(self, chunk: bytes) -> None:
+        """Note what has been read from standard input."""
+        if self.interactive and chunk.endswith(b"\n"):  # Ctrl-D sends a line without its end
+            self.row, self.asked = "", True
+        self.idle_since = time.monotonic() + (QUIET if self.interactive else 0.0)
+
+    def show(self, data: bytes) -> None:
+        """Write received data."""
+        if self.terminal_text:
+            data = self.terminal_text.feed(data, self.connection.at_eof).encode()
+        if data and self.terminal:
+            if self.row == PROMPT:
+                data = b"\n" + data
+            self.row, self.asked = "" if data.endswith(b"\n") else DATA, False
+            self.idle_since = time.monotonic()
+        self.output.write(data)
+
+    def is_silent(self) -> bool:
+        """Return whether the server has not answered any input, and no notice has reported that."""
+        heard = self.connection.received or self.connection.at_eof or self.silence_reported
+        return self.idle_since > 0 and not heard
+
+    def due(self) -> float:
+        """Return the time of the next answer, or NEVER."""
+        if self.is_silent():
+            return self.idle_since + SILENCE
+        if self.interactive and not self.connection.input_ended and not self.row:
+            return self.idle_since + QUIET
+        return NEVER
+
+    def answer(self) -> None:
+        """Write a count of pings, a notice of silence, and a prompt, as needed."""
+        pings, received, text = self.connection.parser.pings, self.connection.received, ""
+        if self.asked and (pings or not received):  # else the data is the answer, as in an echo
+            text = f"{count(pings, 'ping')} so far\n"
+        if self.is_silent():
+            text, self.silence_reported = text + SILENCE_NOTICE, True
+        if self.interactive and not self.connection.input_ended:
+            text += PROMPT
+        if self.row:
+            text = "\n" + text
+        self.row, self.asked = PROMPT if text.endswith(PROMPT) else "", False
+        self.screen.write(text.encode())  # last, because resume() may change the row at any time
+
+    def finish(self, summary: str, signalled: bool) -> None:
+        """Write the summary to standard error, on a terminal in a row of its own."""
+        shares_row = self.interactive or (self.terminal and os.isatty(2))
+        if shares_row and (signalled or self.row):  # a terminal shows Ctrl-C as ^C
+            self.screen.write(b"\n")
+        self.errors.write(summary.encode())
+
+
+class Output:
+    """Standard output or standard error.  A write never waits: what does not fit stays unwritten.
+
+    A write that does not fit waits, even if select has reported the descriptor as writable.
+    O_NONBLOCK prevents that, but on an inherited descriptor it affects every process that shares
+    it, such as the shell.  So reopen it.  If this is not possible, PIPE_BUF bytes always fit.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.limit: int | None = None  # bytes of a write, if a longer one could wait
+        self.unwritten, self.failure = NOTHING, ""
+        mode = os.fstat(descriptor).st_mode
+        if not (WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):  # a file has no reader to wait for
+            with suppress(OSError):
+                self.descriptor = os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            if os.get_blocking(self.descriptor):  # on macOS, opening it is only a dup(2)
+                self.limit = select.PIPE_BUF
+
+    def write(self, data: bytes) -> None:
+        """Write what fits.  After an error, discard everything."""
+        if not self.failure:
+            self.unwritten = memoryview(bytes(self.unwritten) + data)  # no copy if nothing is unwritten
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what fits of what is unwritten."""
+        try:
+            while self.unwritten:
+                if self.limit and not select.select([], [self.descriptor], [], 0)[1]:
+                    break
+                size = os.write(self.descriptor, self.unwritten[: self.limit])
+                self.unwritten = self.unwritten[size:] or NOTHING  # frees the chunk
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.unwritten, self.failure = NOTHING, reason(error)
+
+
+class TerminalText:
+    """Turns bytes into text that is safe on a terminal, however the stream is cut into chunks."""
+
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.before = " "  # the last character, or a space if it is invisible: a joiner may follow
+        self.held = ""  # a carriage return or a joiner: what it means depends on the next character
+
+    def feed(self, data: bytes, final: bool) -> str:
+        """Return the text of the next bytes, escaped.  CR LF ends a line like LF."""
+        text = self.before + self.held + self.decoder.decode(data, final)
+        self.held = text[-1] if text.endswith(("\r", *JOINERS)) and not final else ""
+        text = text[: len(text) - len(self.held)]
+        self.before = text[-1] if text[-1].isprintable() else " "
+        return UNUSUAL.sub(escape, text.replace("\r\n", "\n"))[1:]
+
+
+def escape(found: re.Match[str]) -> str:
+    """Return an unusual character, escaped if it could harm a terminal or its reader: `\\x1b`, `\\u202e`.
+
+    The harmful ones are controls, line separators, invisible characters, and characters that
+    change the order of others.  A joiner between two visible characters is kept.
+    """
+    character, code = found[0], ord(found[0])
+    neighbours = found.string[found.start() - 1] + found.string[found.end() : found.end() + 1]
+    are_visible = neighbours.isprintable() and len(neighbours.strip()) == 2
+    if character.isprintable() or (character in JOINERS and are_visible):
+        return character
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 # -------------------------------------------------------------------- the command line
@@ -483,17 +453,12 @@ Exit status: 0 after the server's end of file, or after SIGINT, SIGTERM or SIGHU
 
 def arguments() -> argparse.Namespace:
     """Return the options.  Wrong usage ends the program, with argparse's message and status 2."""
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EPILOG)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--host", default=HOST, help="the server's address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="the server's port (default: %(default)s)")
-    parser.add_argument(
-        "--raw", action="store_true", help="write all received bytes as they are; count no pings"
-    )
-    parser.add_argument(
-        "message", nargs="*", metavar="MESSAGE", help="a line to send (default: standard input)"
-    )
+    parser.add_argument("--raw", action="store_true", help="write received bytes as they are; count no pings")
+    parser.add_argument("message", nargs="*", metavar="MESSAGE", help="send a line (default: standard input)")
     options = parser.parse_args()
     if not 0 < options.port < 65536:
         parser.error("argument --port: must be from 1 to 65535")
@@ -511,13 +476,13 @@ def main() -> int:
     try:
         while os.open(os.devnull, os.O_RDWR) <= 2:  # a closed standard stream must not become the socket
             pass
-        try:
-            sock = connect(options.host, options.port)
-        except (OSError, UnicodeError) as error:
-            hint = "; is the server running?" if isinstance(error, ConnectionRefusedError) else ""
-            sys.exit(f"cannot connect to {options.host}, port {options.port}: {reason(error)}{hint}")
-        messages = b"".join(os.fsencode(message) + b"\n" for message in options.message)
-        return Conversation(sock, messages, options.raw).run()
+        sock = connect(options.host, options.port)
+    except (OSError, UnicodeError) as error:
+        hint = "; is the server running?" if isinstance(error, ConnectionRefusedError) else ""
+        sys.exit(f"cannot connect to {options.host}, port {options.port}: {reason(error)}{hint}")
+    messages = b"".join(os.fsencode(message) + b"\n" for message in options.message)
+    try:
+        return Conversation(Connection(sock, messages, options.raw)).run()
     except (OSError, MemoryError, ValueError) as error:  # select(2) cannot watch descriptors above 1023
         sys.exit(f"cannot continue: {reason(error)}")
 
