@@ -7,17 +7,17 @@ waits with select(2), which every system has.  Conversation.exchange is the loop
     it waits for                     while                      and then calls
     -------------------------------  -------------------------  ---------------------------------------
     data from standard input         nothing is unsent          Connection.read_input
-    room in the connection           a chunk is unsent          Connection.send
+    space in the connection          a chunk is unsent          Connection.send
     data from the connection         everything is written      Connection.receive and Dialogue.show
-    room in standard output          a chunk is unwritten       Output.flush
+    space in standard output         a chunk is unwritten       Output.flush
     the time of an answer            the user gets one          Dialogue.answer
     a signal                         always                     Conversation.stop, which sets a deadline
 
-It never reads what it cannot pass on, so a slow reader slows down the sender (backpressure).
+It never reads data that it cannot pass on, so a slow reader slows down the sender (backpressure).
 
 It closes gracefully.  Closing a socket with unread data makes the kernel send a reset, which may
 discard data still in transit to the server.  So the client half-closes (it sends its end of file),
-reads until the server's end of file, and closes then.
+reads until the server's end of file, and then closes.
 
 In the interpreter, `import client; sock = client.connect()` gives a plain socket.
 """
@@ -53,14 +53,14 @@ NOTHING = memoryview(b"")
 PING = b"ping"
 PINGS = PING * (SIZE // len(PING) + 2)  # to compare a chunk with
 NEWLINE_AND_PINGS = re.compile(rb"\n(?:ping)+")
-PROMPT, DATA = "> ", "data"  # what the last row of a terminal can hold
+PROMPT, DATA = "> ", "data"  # possible content of a terminal's last row
 SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another client\n"
 
 # Any character but letters and digits of all scripts, printable ASCII, tabs, newlines and spaces
 UNUSUAL = re.compile("[^\\w\t\n !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-JOINERS = "\u200c\u200d"  # hold Persian words and emoji families together
+JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
 
-WINDOWS = sys.platform == "win32"  # select(2) takes nothing but sockets there
+WINDOWS = sys.platform == "win32"  # select(2) accepts only sockets there
 
 
 def connect(host: str = HOST, port: int = PORT) -> socket.socket:
@@ -96,7 +96,7 @@ class Conversation:
             signal.signal(signal.SIGCONT, self.resume)
 
     def run(self) -> int:
-        """Exchange data, and write the summary; return the exit status."""
+        """Exchange data and write the summary; return the exit status."""
         self.exchange()
         connection, output = self.connection, self.dialogue.output
         if output.failure and not self.signals:  # Ctrl-C also ends the program that reads the output
@@ -193,13 +193,13 @@ class Connection:
         self.half_closed = False  # our end of file is sent
         self.at_eof = False  # the server's end of file is received, or the connection is broken
         self.sent = self.received = 0  # bytes
-        self.messages = 0  # sent messages: each ends with a newline, the last one with our end of file
+        self.messages = 0  # sent messages: each ends with a newline or with our end of file
         self.partial = False  # a part of a message is sent
         self.parser = PingParser()
         self.failure = ""  # why the conversation is incomplete
 
     def read_input(self) -> bytes:
-        """Read a chunk of standard input, and send what fits; return the chunk."""
+        """Read a chunk of standard input and send as much as fits; return the chunk."""
         chunk = b""
         try:
             chunk = os.read(STANDARD_INPUT, SIZE)
@@ -214,7 +214,7 @@ class Connection:
         return chunk
 
     def send(self) -> None:
-        """Send what fits.  After the last byte, send our end of file."""
+        """Send as much as fits.  After the last byte, send our end of file."""
         try:
             if self.unsent:
                 size = self.sock.send(self.unsent)
@@ -234,7 +234,7 @@ class Connection:
             self.fail(f"the connection is broken: {reason(error)}")
 
     def receive(self) -> bytes:
-        """Receive a chunk, and count its pings; return the bytes to show."""
+        """Receive a chunk and count its pings; return the bytes to show."""
         chunk = b""
         try:
             chunk = self.sock.recv(SIZE)
@@ -255,7 +255,7 @@ class Connection:
         self.unsent, self.input_ended, self.partial = NOTHING, True, False
 
     def summary(self) -> str:
-        """Return what has been sent and received, in words."""
+        """Return the totals of both directions, as text."""
         sent, received = count(self.sent, "byte"), count(self.received, "byte")
         if not self.raw:
             pings, others = self.parser.pings, self.received - self.parser.pings * len(PING)
@@ -265,15 +265,15 @@ class Connection:
 
 
 class PingParser:
-    """Separates pings from other bytes.
+    """A parser that separates pings from other bytes.
 
     A byte stream has no message boundaries.  `ping` counts at the start of the stream, after
-    another ping, or after a newline.  Any other byte begins a line that is no ping up to its
-    newline, even with a `ping` in it: the echo of `shopping`.
+    another ping, or after a newline.  After any other byte, nothing counts until the next newline,
+    not even the `ping` in the echo of `shopping`.
 
     A regular expression removes the pings after each newline.  Between two chunks the parser
-    remembers whether it is in a line that is no ping, and holds back the first bytes of a ping
-    that the end of the chunk has cut.
+    remembers whether a newline is needed first (`in_line`), and holds back the first bytes of a
+    ping that the end of the chunk has cut.
     """
 
     def __init__(self) -> None:
@@ -298,7 +298,7 @@ class PingParser:
 
 
 class Dialogue:
-    """What the user sees: received data and, if standard input is a terminal, prompts and answers.
+    """The user's view: received data and, if standard input is a terminal, prompts and answers.
 
     Data is shown below a prompt, never over it: the user may have typed half a line.
     """
@@ -310,7 +310,7 @@ class Dialogue:
         self.terminal = os.isatty(1)
         self.terminal_text = TerminalText() if self.terminal and not connection.raw else None
         self.screen = self.output if self.interactive and self.terminal else self.errors
-        self.row = ""  # what the last row of the terminal holds: nothing, PROMPT or DATA
+        self.row = ""  # content of the terminal's last row: nothing, PROMPT or DATA
         self.asked = False  # the last line that the user has typed has no answer
         self.silence_reported = False
         # The time of the last input or data; 0.0 before the first.  After a typed line, it is in
@@ -318,7 +318,7 @@ class Dialogue:
         self.idle_since = time.monotonic() if connection.unsent else 0.0
 
     def note_input(self, chunk: bytes) -> None:
-        """Note what has been read from standard input."""
+        """Note a chunk that was read from standard input."""
         if self.interactive and chunk.endswith(b"\n"):  # Ctrl-D sends a line without its end
             self.row, self.asked = "", True
         self.idle_since = time.monotonic() + (QUIET if self.interactive else 0.0)
@@ -362,7 +362,7 @@ class Dialogue:
         self.screen.write(text.encode())  # last, because resume() may change the row at any time
 
     def finish(self, summary: str, signalled: bool) -> None:
-        """Write the summary to standard error, on a terminal in a row of its own."""
+        """Write the summary to standard error, on a terminal in its own row."""
         shares_row = self.interactive or (self.terminal and os.isatty(2))
         if shares_row and (signalled or self.row):  # a terminal shows Ctrl-C as ^C
             self.screen.write(b"\n")
@@ -370,11 +370,12 @@ class Dialogue:
 
 
 class Output:
-    """Standard output or standard error.  A write never waits: what does not fit stays unwritten.
+    """Standard output or standard error.  A write never waits: the rest stays unwritten.
 
     A write that does not fit waits, even if select has reported the descriptor as writable.
     O_NONBLOCK prevents that, but on an inherited descriptor it affects every process that shares
-    it, such as the shell.  So reopen it.  If this is not possible, PIPE_BUF bytes always fit.
+    it, such as the shell.  So the output is opened again, or else a write has at most
+    PIPE_BUF bytes: pipe(7).
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -389,13 +390,13 @@ class Output:
                 self.limit = select.PIPE_BUF
 
     def write(self, data: bytes) -> None:
-        """Write what fits.  After an error, discard everything."""
+        """Write as much as fits.  After an error, discard everything."""
         if not self.failure:
             self.unwritten = memoryview(bytes(self.unwritten) + data)  # no copy if nothing is unwritten
             self.flush()
 
     def flush(self) -> None:
-        """Write what fits of what is unwritten."""
+        """Write as much of `unwritten` as fits."""
         try:
             while self.unwritten:
                 if self.limit and not select.select([], [self.descriptor], [], 0)[1]:
@@ -409,12 +410,12 @@ class Output:
 
 
 class TerminalText:
-    """Turns bytes into text that is safe on a terminal, however the stream is cut into chunks."""
+    """A filter that turns bytes into text that is safe on a terminal.  Chunks may end anywhere."""
 
     def __init__(self) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.before = " "  # the last character, or a space if it is invisible: a joiner may follow
-        self.held = ""  # a carriage return or a joiner: what it means depends on the next character
+        self.held = ""  # a carriage return or a joiner: its meaning depends on the next character
 
     def feed(self, data: bytes, final: bool) -> str:
         """Return the text of the next bytes, escaped.  CR LF ends a line like LF."""
@@ -426,7 +427,7 @@ class TerminalText:
 
 
 def escape(found: re.Match[str]) -> str:
-    """Return an unusual character, escaped if it could harm a terminal or its reader: `\\x1b`, `\\u202e`.
+    """Return an unusual character, escaped if it could harm or mislead: `\\x1b`, `\\u202e`.
 
     The harmful ones are controls, line separators, invisible characters, and characters that
     change the order of others.  A joiner between two visible characters is kept.
@@ -448,7 +449,7 @@ To edit what you type, and to get earlier lines back:  rlwrap python3 client.py
 Put -- before a MESSAGE that begins with a dash:       python3 client.py -- -1
 
 Exit status: 0 after the server's end of file, or after SIGINT, SIGTERM or SIGHUP;
-1 if the conversation cannot be completed (one line says why); 2 for wrong usage."""
+1 if the conversation cannot be completed (one line gives the reason); 2 for wrong usage."""
 
 
 def arguments() -> argparse.Namespace:
@@ -468,7 +469,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Hold one conversation; return the exit status."""
+    """Connect and run one conversation; return the exit status."""
     handle_stop_signals(signal.SIG_DFL)  # until there is a connection, a signal ends the program
     options = arguments()
     if WINDOWS and not options.message:
