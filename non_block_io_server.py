@@ -12,8 +12,8 @@ The answer is an event loop.  Wait for all descriptors in one call.  Then make o
 
 A task is a generator that owns one descriptor.  It reads like a program that blocks, with a `yield`
 wherever that program would block.  It yields its interest (the mask of the events that it waits for),
-and the loop resumes it with the events that epoll reports.  It can also yield another task: this calls
-it, and the loop resumes that one in its place until it ends (PEP 342: a trampoline).
+and the loop resumes it with the events that epoll reports.  It can also yield another task, to call
+it: the loop resumes that task in its place until that task ends (PEP 342: a trampoline).
 
     task            waits for                           when it is resumed
     --------------  ----------------------------------  -----------------------------------
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 # -------------------------------------------------------------------- constants
 
 PING = b"ping"
-PINGS = memoryview(PING * 65536)  # 256 KiB: a call that sends 4 bytes costs more than its bytes
+PINGS = memoryview(PING * 65536)  # 256 KiB per send, because each call is expensive
 READ_SIZE = 65536  # bytes per read, so that a client that sends much does not starve the others
 ACCEPTS = 16  # accepts per event, so that a burst of new clients does not starve connected ones
 BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
@@ -75,9 +75,9 @@ SPARE_FILES = 16  # descriptors that belong to no client: outputs, epoll, listen
 RETRY_DELAY = 1.0  # seconds until a call that lacked a resource is tried again
 FLUSH_TIMEOUT = 1.0  # seconds to wait for a stalled output at shutdown
 DRAIN_TIMEOUT = 5.0  # seconds to wait for a slow output at shutdown
-FINISH_TIMEOUT = 0.2  # seconds for which clients that continue to send are read at shutdown
+FINISH_TIMEOUT = 0.2  # seconds to read from clients that continue to send at shutdown
 SIGNAL_TIMEOUT = 0.1  # seconds to wait for a stop signal when standard output breaks
-MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) takes no timeout of more than 24 days
+MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) accepts no timeout of more than 24 days
 NO_DESCRIPTOR = -1  # the key of the beat's task, which owns no descriptor
 TCP_RTO_MAX_MS = 44  # from linux/tcp.h, since Linux 6.15
 # accept(2): the backlog is empty, or the connection that accept would have returned is broken.
@@ -90,7 +90,7 @@ OUT_OF_MEMORY = b"out of memory: the server cannot continue"
 
 
 class CannotContinue(Exception):
-    """The server must end with status 1.  The text says in one line what failed, and why."""
+    """A failure that ends the server with status 1.  Its text gives the reason in one line."""
 
 
 def count(number: int, noun: str) -> str:
@@ -115,7 +115,7 @@ def name_of(address: Any) -> str:
 
 
 class Loop:
-    """Wait for events, and resume the task of each ready descriptor."""
+    """The event loop: it waits for events and resumes the task of each ready descriptor."""
 
     def __init__(self) -> None:
         self.running = True
@@ -124,7 +124,7 @@ class Loop:
         self.callers: dict[Task, Task] = {}  # by the task that each of them has called
         self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
         self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
-        self.traced: dict[int, tuple[str, object]] = {}  # for --trace: names, and whose changes are logged
+        self.traced: dict[int, tuple[str, object]] = {}  # for --trace: name, object whose changes are logged
 
     def run(self) -> None:
         """Resume tasks until `running` is false."""
@@ -134,7 +134,7 @@ class Loop:
                 self.resume(self.due())
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
-        """Run tasks to their next yield, and do what they ask for.
+        """Run tasks to their next yield and do what they ask for.
 
         `batch` holds pairs of a descriptor and its events.  An earlier event of the batch may have
         ended a task.  Resuming it raises StopIteration again, which does no harm.
@@ -151,7 +151,7 @@ class Loop:
     def perform(self, descriptor: int, request: Any) -> None:
         """Do what a task has yielded: wait for its interest, or run the task that it calls.
 
-        A failure (no memory, too many watches, neither an interest nor a task) is raised at its yield.
+        A failure (no memory, too many watches, neither an interest nor a task) is raised at the task's yield.
         """
         before = self.interests[descriptor]
         try:
@@ -170,7 +170,7 @@ class Loop:
             self.perform(descriptor, self.tasks[descriptor].throw(error))
 
     def end(self, descriptor: int, reason: Exception) -> None:
-        """A task has ended: return to its caller, or stop watching the descriptor."""
+        """Return to the caller of a task that has ended, or stop watching its descriptor."""
         failure = None if isinstance(reason, StopIteration) else reason
         caller = self.callers.pop(self.tasks[descriptor], None)
         if caller:
@@ -206,7 +206,7 @@ class Loop:
 
     def wake(self, descriptors: Iterable[int], when: float = 0.0) -> None:
         """Resume tasks without events at `when` (time.monotonic()), or after this batch."""
-        # A task that may be running is resumed in this way: a generator cannot be resumed while it runs.
+        # Use this for a task that may be running, because a generator cannot be resumed while it runs.
         self.timers.update(dict.fromkeys(descriptors, when))
 
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
@@ -288,7 +288,7 @@ class Client:
 
 
 class MessageFormatter:
-    """Turn the bytes of one client into lines to print.  It knows nothing of sockets."""
+    """A formatter that turns the bytes of one client into lines to print.  It uses no socket."""
 
     def __init__(self, header: str) -> None:
         self.header = header
@@ -338,7 +338,7 @@ def escape(line: str) -> str:
     return re.sub(UNUSUAL, escaped, line)  # re compiles it at its first use
 
 
-@functools.lru_cache(maxsize=1024)  # bytes that are no text are many, but alike
+@functools.lru_cache(maxsize=1024)  # binary data has many such characters, but few different ones
 def escape_character(character: str) -> str:
     """Return a printable character as it is, and any other one as its escape."""
     code = ord(character)
@@ -371,7 +371,7 @@ def flood(client: Client) -> Task:
 
 @functools.lru_cache(maxsize=None)
 def pings_file() -> int | None:
-    """Return the descriptor of a file in memory that is full of pings; None if there can be none."""
+    """Return the descriptor of a file in memory that is full of pings; None if this is not possible."""
     with suppress(AttributeError, OSError):  # an old C library, a sandbox, a limit on the size of files
         file = os.memfd_create("pings")
         if write(file, PINGS) + write(file, PING) == len(PINGS) + len(PING):  # a send may begin inside a ping
@@ -455,7 +455,7 @@ class Server:
                     yield 0
 
     def seat(self, sock: socket.socket, address: str) -> None:
-        """Give a connection a seat, and start its task.  Begin to serve if enough clients have one."""
+        """Give a connection a seat and start its task.  Start serving if enough clients have a seat."""
         self.accepted += 1
         client = Client(self, sock, f"client {self.accepted}", address)
         self.clients[client.descriptor] = client
@@ -469,7 +469,7 @@ class Server:
                 self.begin()
 
     def begin(self) -> None:
-        """Begin to serve: let the tasks of the waiting clients go on, and start the beat."""
+        """Start serving: wake the tasks of the waiting clients and start the beat."""
         self.serving, self.served = True, len(self.clients)
         self.log.write_line(f"serving {count(self.served, 'client')}")
         self.loop.wake(self.clients)
@@ -489,7 +489,7 @@ class Server:
                 due = now + self.every - (now - due) % self.every  # on a fixed schedule; skips missed beats
 
     def serve(self, client: Client) -> Task:
-        """A client's task: its life from its seat to its end."""
+        """A client's task: wait until serving starts, run the protocol, close the connection."""
         try:
             client.sock.setblocking(False)
             interest = EPOLLIN
@@ -497,7 +497,7 @@ class Server:
                 yield interest
                 with suppress(BlockingIOError):
                     client.at_eof = not client.sock.recv(1, socket.MSG_PEEK)
-                    interest = 0  # what the client sends waits in the kernel
+                    interest = 0  # further data waits in the kernel
             if not client.at_eof:  # else it is a port probe: it connects, sends nothing and closes
                 failure = yield self.protocol(client)  # a call: `yield from` costs more (README: Speed)
                 if failure:
@@ -522,7 +522,7 @@ class Server:
         self.sent += sent
         totals = self.totals(received, sent) + ("" if self.serving else ", not counted as a client")
         self.log.write_line(f"{client.name} {client.reason}: {totals}, {self.seats_taken()}")
-        self.loop.wake([self.listener.fileno()])  # the next connection in the backlog can have the seat
+        self.loop.wake([self.listener.fileno()])  # the next connection in the backlog can get the seat
 
     def finish(self) -> None:
         """Serve the data that has arrived.  At exit, the kernel sends each client an end of file."""
@@ -543,7 +543,7 @@ class Server:
                 self.messages.drain()
             before = client.received + client.sent
             if stuck:
-                client.receive()  # printed, but never served: after this, the stream would have a hole
+                client.receive()  # printed, but never served: after this, the stream would have a gap
             else:
                 self.loop.resume([(client.descriptor, EPOLLIN)])
                 if client.descriptor not in self.clients:
@@ -594,7 +594,7 @@ def listen_on(family: int, address: Any, options: Any) -> socket.socket:
     """Return a non-blocking listener.  Raises OSError."""
     sock = socket.socket(family)
     for level, option, value in (  # socket(7), tcp(7); the connections inherit them
-        (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),  # restart while old connections linger
+        (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),  # a restart works while old connections exist
         (socket.SOL_SOCKET, socket.SO_REUSEPORT, options.reuse_port),
         (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),  # an urgent byte keeps its place in the stream
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # a short answer leaves immediately
@@ -710,7 +710,7 @@ def nonblocking(descriptor: int) -> tuple[int, int | None]:
 
 
 def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
-    """Wait up to `timeout` seconds for one descriptor; poll(2) takes also files, and knows epoll's bits."""
+    """Wait up to `timeout` seconds for one descriptor; poll(2) also accepts files and uses epoll's bits."""
     waiting = poll()
     waiting.register(descriptor, interest)
     return bool(waiting.poll(timeout * 1000))
@@ -756,7 +756,7 @@ class TracedLoop(Loop):
         self.log.write_line(f"{time.monotonic() - self.start_time:8.3f}  {text}")
 
     def wait(self) -> Iterable[tuple[int, int]]:
-        """Loop.wait, traced: how many descriptors are ready, and how long that took."""
+        """Wait; log how many descriptors are ready and how long that took."""
         before = time.monotonic()
         ready = list(super().wait())
         if ready:  # polls that report nothing are not logged
@@ -764,7 +764,7 @@ class TracedLoop(Loop):
         return ready
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
-        """Loop.resume, traced: which task is resumed and why, then what it has done."""
+        """Resume tasks; log which one is resumed and why, then its effects."""
         for descriptor, events in batch:
             name, counted = self.traced[descriptor]
             if name and events is not None:
@@ -814,7 +814,7 @@ With --host 0.0.0.0 (every IPv4 address) or :: (also IPv6), anyone who can reach
 
 exit status:
   0  stopped by SIGINT, SIGTERM or SIGHUP
-  1  the server cannot continue; one line says why
+  1  the server cannot continue; one line gives the reason
   2  wrong usage
 """
 NO_EPOLL = """\
@@ -856,7 +856,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main(protocol: Protocol = flood) -> None:
-    """Serve as the command line says, until a signal or a failure; then raise SystemExit (see EPILOG).
+    """Serve until a signal or a failure; then raise SystemExit (see EPILOG).
 
     `protocol` serves each client unless --echo or --every is given.
     """
@@ -918,7 +918,7 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
 
 
 def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return function(*arguments).  An error becomes CannotContinue, which says what failed."""
+    """Return function(*arguments).  An error becomes CannotContinue, with what failed and why."""
     try:
         return function(*arguments)
     except (OSError, UnicodeError) as error:
