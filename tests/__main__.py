@@ -20,7 +20,7 @@ VENV = os.path.join(ROOT, ".venv")
 PACKAGES = sysconfig.get_path("purelib", "posix_prefix", {"base": VENV})
 OLDEST_PYTHON, OLDEST_PYTEST = (3, 8), 6
 
-# What the user has set for pip must not contradict --target, or stop or question the installation.
+# The user's settings of pip must not contradict --target, stop the installation or ask a question.
 PIP_OPTIONS = ["--quiet", "--upgrade", "--prefix=", "--target", PACKAGES]
 PIP_SETTINGS = {"PIP_REQUIRE_VIRTUALENV": "0", "PIP_USER": "0", "PIP_NO_INPUT": "1"}
 PIP_SETTINGS.update(PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
@@ -32,7 +32,7 @@ def fail(reason: str) -> NoReturn:
 
 
 def has_pytest() -> bool:
-    """Return whether a pytest can be imported that is neither broken nor too old."""
+    """Return whether this Python can import a pytest that is neither broken nor too old."""
     before = set(sys.modules)
     try:
         import pytest
@@ -47,7 +47,7 @@ def has_pytest() -> bool:
 
 
 def install_pytest() -> None:
-    """Let pip install pytest in PACKAGES."""
+    """Install pytest in PACKAGES, with pip."""
     try:
         os.makedirs(PACKAGES, exist_ok=True)
         tempfile.TemporaryFile(dir=PACKAGES).close()
@@ -73,7 +73,7 @@ def install_pytest() -> None:
 
 
 def main() -> None:
-    """Run pytest.  SystemExit brings its exit status."""
+    """Run pytest; raise SystemExit with its exit status."""
     if sys.version_info < OLDEST_PYTHON:
         fail("Python 3.8 or newer is needed; this is {}.{}".format(*sys.version_info))
     sys.path[0] = HERE  # it is relative to the current directory, or is that directory
@@ -84,7 +84,7 @@ def main() -> None:
             if not has_pytest():
                 fail(f"pip installed pytest in {VENV}, but this Python cannot import it")
 
-    # Paths among the arguments are relative to the current directory.  Without one, pytest takes testpaths.
+    # Paths among the arguments are relative to the current directory.  Without one, pytest uses testpaths.
     options = ["-c", os.path.join(ROOT, ".pytest.ini"), "--rootdir", os.getcwd()]
     options += ["-o", "testpaths=" + shlex.quote(os.path.relpath(HERE))]
     if os.access(ROOT, os.W_OK):
