@@ -9,8 +9,8 @@
     echo      echoes a second, their cost and their latency, for 1 to 10,000 clients
 
 The server has one core, the load another.  Each figure is the median of several rounds.  In each round
-every program has its turn, and ratios are formed within a round, so that a machine that slows down
-favors no program.  Every byte is checked: a wrong one, or a server that has ended, ends the benchmark
+every program has its turn, and each ratio uses the figures of one round, so that a machine that slows
+down favors no program.  Every byte is checked: a wrong one, or a server that has ended, ends the benchmark
 with status 1.  When it is interrupted, it shows what it has measured, and exits with status 130.
 """
 
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import faults
 
-faults.need_epoll("benchmark")  # before the modules that only Linux has
+faults.need_epoll("benchmark")  # before the import of modules that only Linux has
 import resource
 
 from benchmark.processes import (
@@ -78,12 +78,12 @@ SPARE_FILES = 64  # descriptors of a process besides its connections
 
 
 class Bench:
-    """The programs to measure, their figures, and what cannot be measured here."""
+    """The programs to measure, their figures, and the figures that cannot be measured here."""
 
     def __init__(self, quick: bool, peers: bool, folder: str) -> None:
-        """Find the programs; build and install what is missing, if possible."""
+        """Find the programs; build and install missing ones, if possible."""
         self.quick, self.folder = quick, folder
-        self.rounds, self.seconds = (1, 0.04) if quick else (9, 0.5)  # many short ones: noise comes and goes
+        self.rounds, self.seconds = (1, 0.04) if quick else (9, 0.5)  # many short ones, because noise varies
         self.missing: list[str] = []
         self.complete = False  # whether everything was measured
         model = re.search(r"model name\s*: (.*)", read("/proc/cpuinfo"))
@@ -101,7 +101,7 @@ class Bench:
                 self.missing.append(f"{tool}: it is not installed")
         if SERVER_CORE == LOAD_CORE:
             self.missing.append(
-                "the server on a core of its own: this Python cannot choose one, or there is one only"
+                "the server on its own core: this Python cannot choose one, or there is only one"
             )
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -162,7 +162,7 @@ class Bench:
 
     def expected(self) -> dict[str, float]:
         """Return about how many seconds each part takes."""
-        turn = 1.2 * self.seconds + 0.15  # with the warm-up, and the start of the processes
+        turn = 1.2 * self.seconds + 0.15  # includes the warm-up and the start of the processes
         file = 0.5 if self.quick else 1.5
         unread = 0.4 if self.quick else 3 * len(self.senders)
         echo = sum(len(self.servers) * (turn + size / 8000) for size in self.sizes)
@@ -179,7 +179,7 @@ class Bench:
         return 3 if self.quick else 25
 
     def turns(self, programs: list[str]) -> Iterator[tuple[str, list[str]]]:
-        """Yield each round: its title, and the programs, each time in another order."""
+        """Yield each round: its title, and the programs in a different order."""
         for turn in range(self.rounds):
             first = turn % len(programs)
             yield f"round {turn + 1} of {self.rounds}", programs[first:] + programs[:first]
@@ -208,7 +208,7 @@ class Bench:
         progress(f"start: {listening * 1e3:.0f} ms, {PASS}: {nothing * 1e3:.0f} ms")
 
     def measure_client(self) -> None:
-        """Measure how fast client.py reads pings, and moves a file through the echo."""
+        """Measure how fast client.py reads pings and moves a file through the echo."""
         source = os.path.join(self.folder, "source")
         with open(source, "wb") as file:
             file.writelines(os.urandom(10**6) for _ in range(8 if self.quick else 1000))
@@ -230,7 +230,7 @@ class Bench:
             with running(command, LOAD_CORE, stdin=pipe, stderr=pipe) as client:
                 server.wait_for(r"\n.+\n", client)  # it is connected
                 start = time.perf_counter()
-                with server.connect():  # the second client: now the pings begin
+                with server.connect():  # with the second client, the pings start
                     time.sleep(self.seconds)
                     printed = client.communicate(timeout=TIMEOUT)[1].decode()
                 seconds = time.perf_counter() - start
@@ -250,11 +250,11 @@ class Bench:
                 printed = client.communicate(timeout=TIMEOUT)[1].decode()
                 seconds = time.perf_counter() - start
             if client.returncode or not same_bytes(given, got):
-                raise server.failure(f"{name} did not bring the file back: {printed}")
+                raise server.failure(f"{name} did not return the file: {printed}")
         return os.path.getsize(source) / seconds
 
     def measure_pings(self) -> None:
-        """Measure how many pings arrive, and how equal the shares of the two clients are."""
+        """Measure how many pings arrive and how equal the shares of the two clients are."""
         programs = [*self.senders, *(IPERF3 if self.machine["iperf3"] else ())]
         for title, names in self.turns(programs):
             self.pings.add_round()
@@ -290,7 +290,7 @@ class Bench:
         return {"bytes": one["bytes"], "other": other["bytes"], "seconds": one["seconds"]}
 
     def measure_memory(self) -> None:
-        """Measure what an idle connection costs the server, and an unread one the kernel."""
+        """Measure the memory of an idle connection (server) and of an unread one (kernel)."""
         self.measure_unread()
         if not read("/proc/self/smaps_rollup"):
             self.missing.append("the server's memory: this kernel has no /proc/PID/smaps_rollup")
@@ -325,7 +325,7 @@ class Bench:
             progress(f"memory, a client that never reads, {name}: {now / 1e3:,.0f} kB in the kernel")
 
     def measure_echo(self) -> None:
-        """Measure how many echoes arrive, what one costs and how long it takes, by number of clients."""
+        """Measure the rate, the cost and the latency of echoes, by number of clients."""
         with contextlib.ExitStack() as stack:
             messages = stack.enter_context(tempfile.TemporaryFile())
             servers = {}
@@ -353,7 +353,7 @@ class Bench:
         return {**about, **{part: samples.summary() for part, samples in parts.items() if samples.rounds}}
 
     def tables(self) -> Iterator[str]:
-        """Yield the tables, each no wider than 100 columns.  A table without figures is empty."""
+        """Yield the tables, at most 100 columns wide.  A table without figures is empty."""
         usual, alone = self.echoes[USUAL], self.echoes[1]
         echo = [
             column(usual, "rate", "echoes/s"),
@@ -399,7 +399,7 @@ class Bench:
         yield table("start, until it listens", self.begin.names(), start)
 
     def report(self) -> Iterator[str]:
-        """Yield the figures, for a person."""
+        """Yield the report, as text."""
         yield paragraph("; ".join(f"{key}: {value}" for key, value in self.machine.items() if value) + ".")
         cores = f"Server on core {SERVER_CORE}, load on core {LOAD_CORE}"
         if SERVER_CORE == LOAD_CORE:
@@ -411,7 +411,7 @@ class Bench:
             " is better for times."
         )
         if not self.complete:
-            yield paragraph("The benchmark ended early: the figures are those of fewer rounds.")
+            yield paragraph("The benchmark ended early: the figures are from fewer rounds.")
         yield from filter(None, self.tables())
         idle = [
             f"{part}, {name} ({busy:.0%})"
@@ -479,7 +479,7 @@ def duration(seconds: float) -> str:
 
 
 def stop(*_: object) -> None:
-    """Interrupt the measurement once: the processes that run must still be ended."""
+    """Interrupt the measurement once, because the benchmark must still end its processes."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -490,7 +490,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmark", description="Measure the server beside others.")
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (default: all)")
-    add("--quick", action="store_true", help="one short round, to see that everything works")
+    add("--quick", action="store_true", help="run one short round, to check that everything works")
     add(
         "--peers", action="store_true", help="also measure uvloop and trio, which pip installs the first time"
     )
