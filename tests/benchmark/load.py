@@ -67,7 +67,7 @@ class Client:
         return len(self.reply) == MESSAGE
 
     def receive(self, size: int) -> bytes:
-        """Read what has arrived."""
+        """Read the data that has arrived, at most `size` bytes."""
         return self.sock.recv(size) or sys.exit("the server has closed a connection")
 
 
@@ -89,7 +89,7 @@ class Clients:
 
 
 def echo(pid: int, port: int, seconds: float, size: int) -> dict[str, float]:
-    """Run clients that send a message, wait for it, send the next."""
+    """Run clients that send a message, wait for its echo and send the next one."""
     everyone = Clients(port, size)
     for client in everyone.clients.values():
         client.send_message()
@@ -130,7 +130,7 @@ def pings(pid: int, port: int, seconds: float) -> dict[str, float]:
 
 
 def main(kind: str, pid: str, port: str, seconds: str, size: str = "2") -> None:
-    """Run one load, and print its figures."""
+    """Run one load and print its figures."""
     where = int(pid), int(port), float(seconds)
     try:
         figures = echo(*where, int(size)) if kind == "echo" else pings(*where)
