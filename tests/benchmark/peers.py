@@ -1,4 +1,4 @@
-"""The echo servers that the benchmark measures beside ours, each written the plain way of its library.
+"""The echo servers that the benchmark compares with ours, each in the plain style of its library.
 
 peers.py NAME          an echo server on a free port of 127.0.0.1, which it reports on standard error
 peers.py --versions    the versions of the libraries outside the standard library
