@@ -40,15 +40,15 @@ def use_core(core: int) -> None:
 
 
 def progress(text: str) -> None:
-    """Print a line for the user who waits."""
+    """Print a line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def running(command: list[str], core: int, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a process on a core, its other streams on /dev/null; it has ended when the block ends."""
+    """Start a process on a core, with its other streams on /dev/null; end it at the end of the block."""
     streams = {**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL), **streams}
-    use_core(core)  # the child inherits it, so it holds from the first instruction
+    use_core(core)  # the child inherits the core, so it uses it from the first instruction
     process = subprocess.Popen(command, **streams)
     try:
         use_core(LOAD_CORE)
@@ -74,7 +74,7 @@ class Server:
         self.port = int(found.group(1))
 
     def wait_for(self, pattern: str, process: subprocess.Popen[bytes]) -> Match[str] | None:
-        """Return the pattern's match as soon as the log has one, or None if the process ends before."""
+        """Return the pattern's match as soon as the log has one, or None if the process ends first."""
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline and process.poll() is None:
             match = re.search(pattern, self.text())
@@ -88,7 +88,7 @@ class Server:
         return os.pread(self.log.fileno(), 10**7, 0).decode()
 
     def failure(self, reason: str) -> Failure:
-        """Return what to raise, with the end of the log."""
+        """Return an exception to raise, with the end of the log."""
         return Failure(f"{self.name}: {reason}; its log ends with\n{self.text()[-1000:]}")
 
     def connect(self) -> socket.socket:
@@ -114,7 +114,9 @@ def serving(name: str, command: list[str], stdout: int | IO[bytes] = subprocess.
         with running(command, SERVER_CORE, stdout=stdout, stderr=log) as process:
             server = Server(name, process, log)
             yield server
-            if process.poll() is not None and name != LECTURE:  # which ends with its first client
+            if (
+                process.poll() is not None and name != LECTURE
+            ):  # the lecture's server ends with its first client
                 raise server.failure(f"it ended on its own, with status {process.returncode}")
         if command[:2] == SERVER[:2] and process.returncode:
             raise server.failure(f"after SIGTERM it ended with status {process.returncode}")
