@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Callable, Dict, NamedTuple
 
-Figures = Dict[str, float]  # what one measurement of one program gave, by key
+Figures = Dict[str, float]  # the results of one measurement of one program, by key
 
 
 class Samples:
@@ -17,7 +17,7 @@ class Samples:
         self.rounds: list[dict[str, Figures]] = []
 
     def add_round(self, figures: dict[str, Figures] | None = None) -> None:
-        """Begin a round."""
+        """Start a round."""
         self.rounds.append(figures or {})
 
     def add(self, name: str, figures: Figures) -> None:
@@ -67,7 +67,7 @@ class Column(NamedTuple):
 
 
 def table(title: str, names: list[str], columns: list[Column]) -> str:
-    """Return a Markdown table, aligned for the eye, or an empty string if there is nothing to show."""
+    """Return a Markdown table with aligned columns, or an empty string if no figures exist."""
     rows = []
     for name in names:
         values = [(column.value(name), column.form) for column in columns]
