@@ -1,4 +1,4 @@
-"""What the tests share: the real scripts, as processes of their own, and waits for events, never for time."""
+"""Helpers of all tests.  They run the real scripts as processes and wait for events, never for time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SERVER = str(ROOT / "non_block_io_server.py")
 CLIENT = str(ROOT / "client.py")
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # not in every user's PATH; HAProxy and ss may be there
-DEADLINE = 15.0  # seconds until a test gives up to wait for what should happen at once
+DEADLINE = 15.0  # seconds to wait for something that should happen immediately
 
 for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
     if signal.getsignal(number) == signal.SIG_IGN:  # by nohup(1), or in a background job: programs inherit it
@@ -39,7 +39,7 @@ def pytest_runtest_setup() -> None:
 
 
 def eventually(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> Any:
-    """The condition's value as soon as it is true; fails where that takes too long."""
+    """Return the condition's value as soon as it is true; fail if it is false for so many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()
@@ -50,7 +50,7 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
 
 
 class Stream:
-    """Reads a pipe in a thread, so that nobody stalls; what has come can be waited for."""
+    """A pipe that a thread reads, so that its writer does not stall."""
 
     def __init__(self, pipe: IO[bytes], paused: bool = False) -> None:
         self.pipe, self.data = pipe, b""
@@ -64,12 +64,12 @@ class Stream:
 
     def read(self) -> None:
         while self.going.wait():
-            piece = os.read(self.pipe.fileno(), 65536)
+            chunk = os.read(self.pipe.fileno(), 65536)
             with self.changed:
-                self.data += piece
-                self.ended = not piece
+                self.data += chunk
+                self.ended = not chunk
                 self.changed.notify_all()
-            if not piece:
+            if not chunk:
                 return
 
     @property
@@ -77,7 +77,7 @@ class Stream:
         return self.data.decode()
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """Wait until the pattern (of re, with ^ and $ for lines) is found in what has come."""
+        """Wait until the data matches a pattern (re.MULTILINE); return the match."""
         end = time.monotonic() + DEADLINE
         with self.changed:
             while True:
@@ -86,12 +86,12 @@ class Stream:
                     return found
                 left = end - time.monotonic()
                 assert left > 0 and not self.ended, (
-                    f"{pattern!r} did not come; this did:\n{self.text[-3000:]}"
+                    f"{pattern!r} did not arrive; this did:\n{self.text[-3000:]}"
                 )
                 self.changed.wait(left)
 
     def rest(self) -> str:
-        """All of it, to the end of the pipe."""
+        """Return all data, up to the end of file."""
         self.going.set()
         self.thread.join(DEADLINE)
         assert self.ended, f"the stream does not end:\n{self.text[-3000:]}"
@@ -99,7 +99,7 @@ class Stream:
 
 
 class Server:
-    """The server in a process of its own, on a free port."""
+    """The server as a process, on a free port."""
 
     def __init__(self, *options: str, paused: bool = False, program: str = SERVER, **popen: Any) -> None:
         command = [sys.executable, program, *options]
@@ -115,10 +115,10 @@ class Server:
         self.host, self.port = self.host.strip("[]"), int(port)
 
     def connect(self, **options: Any) -> socket.socket:
-        """A blocking connection; options are those of `small`."""
+        """Return a blocking connection; `small=True` gives it a small receive buffer."""
         client = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
         client.settimeout(DEADLINE)
-        if options.get("small"):  # a small receive buffer, to cut the stream into small pieces
+        if options.get("small"):  # the stream arrives in small chunks
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1001)
         client.connect((self.host.replace("0.0.0.0", "127.0.0.1"), self.port))
@@ -126,7 +126,7 @@ class Server:
         return client
 
     def seat(self, **options: Any) -> socket.socket:
-        """A connection that the server has taken notice of."""
+        """Return a connection that the server has logged."""
         client = self.connect(**options)
         self.err.wait_for(rf"connected from \S+:{client.getsockname()[1]}, ")
         return client
@@ -136,7 +136,7 @@ class Server:
         return self.out.wait_for(pattern)
 
     def status(self, field: str) -> int:
-        """A number of /proc/PID/status: VmRSS in kB, voluntary_ctxt_switches."""
+        """Return a number of /proc/PID/status: VmRSS in kB, voluntary_ctxt_switches."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE).group(1))  # type: ignore[union-attr]
 
@@ -144,14 +144,14 @@ class Server:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def activity(self) -> list[str]:
-        """Return the state of the process, and how often it went to sleep."""
+        """Return the state of the process and how often it went to sleep."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return re.findall(r"^(?:State|voluntary_ctxt_switches):\s+(\w+)", text, re.MULTILINE)
 
     def settled(self, seconds: float = 0.02) -> None:
         """Wait until the server sleeps and nothing has woken it for some time.
 
-        A server that spins, or that wakes again and again, never settles.
+        A server that spins, or wakes again and again, never settles.
         """
         end, before, unchanged = time.monotonic() + DEADLINE, self.activity(), 0
         while unchanged < 10:
@@ -163,7 +163,7 @@ class Server:
             before = now
 
     def stop(self, number: int = signal.SIGTERM, status: int = 0) -> str:
-        """Stop it; it must end with the status, and without a traceback.  Returns its standard error."""
+        """Stop it and return its standard error; fail if it ends with another status or a traceback."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.ended(status)
@@ -195,34 +195,34 @@ def at_once(check: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
 
 
 def read_exactly(client: socket.socket, size: int) -> bytes:
-    """So many bytes, or fewer where the stream ends."""
+    """Read `size` bytes, or fewer if the stream ends."""
     data = b""
     while len(data) < size:
-        piece = client.recv(min(size - len(data), 1 << 20))
-        if not piece:
+        chunk = client.recv(min(size - len(data), 1 << 20))
+        if not chunk:
             break
-        data += piece
+        data += chunk
     return data
 
 
 def read_all(client: socket.socket) -> bytes:
-    """Everything up to the end of file."""
-    pieces: list[bytes] = []
+    """Read to the end of file."""
+    chunks: list[bytes] = []
     while True:
-        piece = client.recv(1 << 20)
-        if not piece:
-            return b"".join(pieces)
-        pieces.append(piece)
+        chunk = client.recv(1 << 20)
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)
 
 
 def is_pings(data: bytes) -> bool:
-    """Whether it is pings, whole ones, and at least one."""
+    """Return whether the data is one whole ping or more."""
     return bool(data) and data == b"ping" * (len(data) // 4)
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Server]]:
-    """Starts servers, and sees to it that none stays."""
+    """Yield a function that starts servers; end them after the test."""
     servers: list[Server] = []
 
     def start(*options: str, **popen: Any) -> Server:
@@ -237,7 +237,7 @@ def start() -> Iterator[Callable[..., Server]]:
 
 @contextmanager
 def turn() -> Iterator[None]:
-    """Hold the right to use port 10001, among all the test suites that run on this machine."""
+    """Hold the right to use port 10001, among all test suites on this machine."""
     with socket.socket(socket.AF_UNIX) as mark:
 
         def has_turn() -> bool:
@@ -269,7 +269,7 @@ def port_10001_is_free() -> None:
 
 @pytest.fixture
 def port_10001(port_10001_is_free: None) -> Iterator[int]:
-    """The lecture's port, which no other suite uses during the test."""
+    """Yield the lecture's port, which no other suite uses during the test."""
     with turn():
         eventually(port_is_free, "port 10001 is free again")
         yield 10001
