@@ -21,7 +21,7 @@ OUT_OF_MEMORY = -1  # in place of an errno: the call raises MemoryError
 
 
 class Failing:
-    """The test's side: which calls are to fail, and which have failed."""
+    """The test's side: the calls that must fail, and those that have failed."""
 
     def __init__(self, folder: Path) -> None:
         self.wanted, self.failed = folder / "wanted", folder / "failed"
@@ -42,12 +42,12 @@ class Failing:
         return str(self.path)
 
     def fail(self, call: str, number: int, on: str = "", times: int = 1) -> None:
-        """Let the next calls fail; `on` is a part of what `kind` returns."""
+        """Let the next calls fail; `on` is a part of the text that `kind` returns."""
         self.temporary.write_text(json.dumps([call, number, on, self.count() + times]))
         self.temporary.rename(self.wanted)
 
     def stop(self) -> None:
-        """Let no call fail any more."""
+        """Let no more calls fail."""
         self.fail("", 0)
 
     def count(self) -> int:
@@ -71,7 +71,7 @@ def kind(descriptor: Any) -> str:
 
 
 def replace_calls(server: Any, wanted: str, failed: str) -> None:
-    """The server's side: replace the calls that a test can let fail.  `server` is the module."""
+    """Replace the calls of the server that a test can let fail.  `server` is the module."""
 
     def check(call: str, descriptor: Any = None) -> None:
         if not os.path.exists(wanted):  # this needs no descriptor
