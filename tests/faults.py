@@ -1,9 +1,9 @@
-"""What goes wrong with the lecture's script, shown on it and then on this server.
+"""The faults of the lecture's script, shown on it and then on this server.
 
     python3 tests/faults.py          lists the faults
     python3 tests/faults.py NAME     shows one, or `all`
 
-Each fault is a function: what the clients do, step by step, with plain sockets, and what it observes.
+Each fault is a function.  It does what the clients do, with plain sockets, and returns its observation.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ QUIET = 1.0  # seconds without data after which a client counts as not served
 KEPT = 32 << 20  # bytes: more than the kernel still holds for a client after its server ended
 PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client receives
 
-# The lecture's script: {port} replaces its port, and one more line reports the port.  It obeys Ctrl-C even
-# in a background job, and the kernel ends it after 10 s of processor time if it outlives us.
+# The lecture's script: {port} replaces its port, and one more line reports the port.  Ctrl-C ends it even
+# in a background job, and the kernel ends it after 10 s of processor time.
 SETUP = "signal(SIGINT, default_int_handler); setrlimit(RLIMIT_CPU, (10, 10))"
 REPORT = 'import sys; print("listening on 127.0.0.1:%d" % sock.getsockname()[1], file=sys.stderr)'
 SCRIPT = (HERE / "lecture.py").read_text(encoding="utf-8").replace("10001", "{port}")
@@ -43,7 +43,7 @@ SERVERS = {
 
 
 def need_epoll(tool: str) -> None:
-    """Exit, with one line, on a system without epoll."""
+    """Exit with one line on a system without epoll."""
     if not hasattr(select, "epoll"):
         sys.exit(f"{tool}: epoll is needed, which only Linux has; this is {platform.system()}")
 
@@ -54,11 +54,11 @@ def command(name: str, port: int = 0) -> list[str]:
 
 
 class Server:
-    """A server in a process of its own.  The stack ends it and its clients."""
+    """A server process.  The stack ends it and its clients."""
 
     def __init__(self, stack: ExitStack, name: str, port: int = 0, piped: bool = False) -> None:
         self.stack = stack
-        self.out, self.err = os.memfd_create("out"), os.memfd_create("err")  # what it prints, in memory
+        self.out, self.err = os.memfd_create("out"), os.memfd_create("err")  # its output, in memory
         stack.callback(os.close, self.out)
         stack.callback(os.close, self.err)
         stdout = subprocess.PIPE if piped else self.out
@@ -82,21 +82,21 @@ class Server:
 
     def watched(self, seconds: float) -> tuple[float, int, str]:
         """Return how much of a core it uses, how often it goes to sleep, and its state after that."""
-        naps, ticks, proc = [], [], Path(f"/proc/{self.process.pid}")  # proc(5)
+        waits, ticks, proc = [], [], Path(f"/proc/{self.process.pid}")  # proc(5)
         for pause in (seconds, 0):
             state, *fields = (proc / "stat").read_text().rpartition(")")[2].split()
             ticks.append(int(fields[10]) + int(fields[11]))
-            naps.append(int((proc / "status").read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0]))
+            waits.append(int((proc / "status").read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0]))
             time.sleep(pause)
-        return (ticks[1] - ticks[0]) / os.sysconf("SC_CLK_TCK") / seconds, naps[1] - naps[0], state
+        return (ticks[1] - ticks[0]) / os.sysconf("SC_CLK_TCK") / seconds, waits[1] - waits[0], state
 
-    def fate(self, other: socket.socket) -> tuple[bool, str]:
-        """Return what happens to the server, and to its other client."""
-        heard = hears(other)
-        if heard == END:
+    def outcome(self, other: socket.socket) -> tuple[bool, str]:
+        """Return whether the server fails its other client, and a description."""
+        got = receives(other)
+        if got == END:
             self.process.wait(DEADLINE)
-            return True, f"dies: {text(self.err).splitlines()[-1]}"
-        return heard != PINGS, f"{'goes on' if heard == PINGS else 'stalls'}: the other client gets {heard}"
+            return True, f"crashes: {text(self.err).splitlines()[-1]}"
+        return got != PINGS, f"{'continues' if got == PINGS else 'stalls'}: the other client gets {got}"
 
 
 def text(file: int) -> str:
@@ -104,8 +104,8 @@ def text(file: int) -> str:
     return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
 
 
-def hears(client: socket.socket) -> str:
-    """Return what a client receives, besides what the kernel holds for it: PINGS, NOTHING or END."""
+def receives(client: socket.socket) -> str:
+    """Return what a client receives, in addition to data in the kernel: PINGS, NOTHING or END."""
     client.settimeout(QUIET)
     try:
         with client.makefile("rb") as stream:
@@ -117,7 +117,7 @@ def hears(client: socket.socket) -> str:
 
 
 Start = Callable[..., Server]  # start(port=0, piped=False) starts the server to observe
-Seen = Tuple[bool, str]  # whether the fault happened, and what did
+Seen = Tuple[bool, str]  # whether the fault happened, and a description
 
 
 def reset(start: Start) -> Seen:
@@ -127,7 +127,7 @@ def reset(start: Start) -> Seen:
     first.recv(1, socket.MSG_PEEK)  # pings have arrived, and stay unread
     first.sendall(b"Some message...")
     first.close()  # the kernel sends a reset
-    return server.fate(other)
+    return server.outcome(other)
 
 
 def leave(start: Start) -> Seen:
@@ -148,8 +148,8 @@ def split(start: Start) -> Seen:
     if server.process.poll() is None:
         first.sendall(b"\xbccke")
         server.until(lambda: "cke" in text(server.out))
-    (dies, words), whole = server.fate(other), "\u00fccke" in text(server.out)
-    return dies or not whole, words + ("" if dies else f", the character is {'whole' if whole else 'broken'}")
+    (ends, words), whole = server.outcome(other), "\u00fccke" in text(server.out)
+    return ends or not whole, words + ("" if ends else f", the character is {'whole' if whole else 'broken'}")
 
 
 def bytes_(start: Start) -> Seen:
@@ -158,11 +158,11 @@ def bytes_(start: Start) -> Seen:
     first, other = server.clients()
     first.sendall(b"caf\xe9!")
     server.until(lambda: "caf" in text(server.out))
-    return server.fate(other)
+    return server.outcome(other)
 
 
 def starve(start: Start) -> Seen:
-    """a client sends all the time, and reads everything it receives"""
+    """a client sends endlessly and reads everything that it receives"""
     first, _ = start().clients()
     first.setblocking(False)
     sent = got = 0
@@ -173,7 +173,7 @@ def starve(start: Start) -> Seen:
         if readable:
             size = len(first.recv(1 << 20))
             got += size if sent > 4 << 20 else 0  # earlier pings have been read by then
-    return got < 1 << 16, f"gives it {got:,} bytes of pings for 4 MiB of its own"
+    return got < 1 << 16, f"gives it {got:,} bytes of pings for its 4 MiB"
 
 
 def restart(start: Start) -> Seen:
@@ -184,15 +184,15 @@ def restart(start: Start) -> Seen:
     server.process.terminate()
     server.process.wait(DEADLINE)
     again = start(port=server.port)
-    return not again.port, "listens again" if again.port else f"dies: {text(again.err).splitlines()[-1]}"
+    return not again.port, "listens again" if again.port else f"crashes: {text(again.err).splitlines()[-1]}"
 
 
 def print_(start: Start) -> Seen:
-    """its output is a pipe that nobody reads"""
+    """its output is a pipe that no program reads"""
     server = start(piped=True)
     first, other = server.clients()
     first.sendall(b"Some message...\n" * 8192)  # 128 KiB; a pipe holds 64
-    return server.fate(other)
+    return server.outcome(other)
 
 
 def escape(start: Start) -> Seen:
@@ -227,10 +227,10 @@ def idle(start: Start) -> Seen:
 
 def third(start: Start) -> Seen:
     """a third client connects, then the first one disconnects"""
-    first, _, newcomer = start().clients(3)
+    first, _, third_client = start().clients(3)
     first.shutdown(socket.SHUT_WR)
-    heard = hears(newcomer)
-    return heard != PINGS, f"the third client gets {heard}"
+    got = receives(third_client)
+    return got != PINGS, f"the third client gets {got}"
 
 
 ALL = reset, leave, split, bytes_, starve, restart, print_, escape, stop, idle, third
@@ -249,7 +249,7 @@ def observe(name: str) -> list[Seen]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show what goes wrong with the lecture's script.")
+    parser = argparse.ArgumentParser(description="Show the faults of the lecture's script.")
     parser.add_argument(
         "name", nargs="?", choices=(*FAULTS, "all"), help="a fault (default: list all faults)"
     )
