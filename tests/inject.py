@@ -1,25 +1,25 @@
 #!/usr/bin/env python3
-"""Fault injection: make the server's system calls fail, one at a time, and check what its clients see.
+"""Fault injection: make the server's system calls fail, one at a time, and check what its clients receive.
 
     python3 tests/inject.py                                      # all cases, some 2,500
     python3 tests/inject.py --mode echo --call write             # the cases of one call
     python3 tests/inject.py --sample 200                         # 200 random cases
     python3 tests/inject.py --case echo:write:error=EIO:when=5   # a case that failed
 
-A case is a server of its own.  strace(1) attaches to it when its modules are loaded and its own code
+Each case has its own server.  strace(1) attaches to it when its modules are loaded and its own code
 is about to run, so that no call of the interpreter's start counts.  strace then makes the Nth call of
 one name fail with one errno, or sends a signal at that call.  Meanwhile three clients use the server:
 
     A  sends little, then much before it reads; it half-closes and reads to the end of file
     B  stays until the server is stopped
-    C  takes the seat of the first one that leaves; it ends with a reset
+    C  gets the seat of the first one that leaves; it ends with a reset
 
-Then the server is sent SIGTERM.  What must be true after any fault:
+Then SIGTERM stops the server.  After every fault, this must be true:
 
     - The server ends with status 0 and a summary.  Status 1 and one clear line are right only if
       nothing else is possible: at the start, without memory, without epoll_wait or standard output.
-    - An echo is exact, or visibly broken off.  It never has a hole or a wrong byte.
-    - A client that sees an end of file has whole pings.
+    - An echo is exact, or the client can see that it is incomplete.  It never has a gap or a wrong byte.
+    - A client that receives an end of file has whole pings.
     - Only the client whose connection was hit may notice.  The others, and all three after EINTR and
       EAGAIN, get every byte, and everything they send is shown.
     - No traceback, no hang, no busy loop, no descriptor left open.
@@ -66,7 +66,7 @@ WRITE = (
     f" ENOTCONN ENOTSOCK EOPNOTSUPP EPERM EPIPE {NETWORK}"
 )
 SOCKOPT = "EACCES EBADF EFAULT EINVAL ENOMEM ENOPROTOOPT ENOTSOCK EPERM"
-NAME = "EFAULT EINVAL ENOBUFS ENOTCONN"  # without EBADF and ENOTSOCK: Python's accept() asks a new descriptor
+NAME = "EFAULT EINVAL ENOBUFS ENOTCONN"  # not EBADF, ENOTSOCK: Python's accept() calls it on a new socket
 WAIT = "EBADF EFAULT EINTR EINVAL ENOMEM"
 ACCEPT = (
     "EACCES EAGAIN EBADF ECONNABORTED EFAULT EHOSTDOWN EHOSTUNREACH EINTR EINVAL EMFILE ENETDOWN ENETUNREACH"
@@ -174,7 +174,7 @@ finally:
 
 
 class Skip(Exception):
-    """Why nothing can be injected on this machine."""
+    """A reason why nothing can be injected on this machine."""
 
 
 class Case(NamedTuple):
@@ -194,13 +194,13 @@ class Case(NamedTuple):
 
     @property
     def is_transient(self) -> bool:
-        if self.call in (*ALLOCATING, "close"):  # strace keeps the descriptor open: that is no EINTR
+        if self.call in (*ALLOCATING, "close"):  # a close that strace suppresses is no EINTR
             return not self.fault
         return not self.fault or self.fault.rpartition("=")[2] in TRANSIENT
 
 
 class Plain(NamedTuple):
-    """What a mode does without a fault."""
+    """The calls, descriptors and time of a mode without a fault."""
 
     calls: Counter[str]  # how often each call is made
     starting: Counter[str]  # ... until the first wait for events
@@ -209,7 +209,7 @@ class Plain(NamedTuple):
 
 
 class Client:
-    """One connection, and what it was sent."""
+    """One connection, and the data that it sends and receives."""
 
     def __init__(self, run: Run, name: str) -> None:
         self.run, self.name = run, name
@@ -217,51 +217,51 @@ class Client:
         self.sock = socket.socket()
         self.sock.settimeout(DEADLINE)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1001)  # odd pieces: sends cut pings
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1001)  # odd segments: sends cut pings
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.bind(("127.0.0.1", 0))
         self.port: int = self.sock.getsockname()[1]
-        self.words = b""
+        self.data = b""
         self.sent = self.got = 0
         self.end = ""  # how it ended: "left", "end of file", "reset", "stuck"
 
-    def say(self, size: int) -> None:
-        """Have so many more bytes to send.  Each place in them looks different."""
-        count = len(self.words) // 8
-        self.words += b"".join(b"%s%06d," % (self.name.encode(), count + row) for row in range(size // 8))
+    def queue(self, size: int) -> None:
+        """Queue so many more bytes.  Each position in them looks different."""
+        count = len(self.data) // 8
+        self.data += b"".join(b"%s%06d," % (self.name.encode(), count + row) for row in range(size // 8))
 
     def exchange(self, due: int, reading: bool = True) -> None:
         """Send everything, and read until `due` bytes have arrived."""
         end = time.monotonic() + DEADLINE
-        while self.sent < len(self.words) or (reading and self.got < due):
+        while self.sent < len(self.data) or (reading and self.got < due):
             readers = [self.sock] * (reading and self.got < due)
-            readable, writable, _ = select(readers, [self.sock] * (self.sent < len(self.words)), [], DEADLINE)
+            readable, writable, _ = select(readers, [self.sock] * (self.sent < len(self.data)), [], DEADLINE)
             if writable:
-                self.sent += self.sock.send(self.words[self.sent : self.sent + 65536], socket.MSG_DONTWAIT)
+                self.sent += self.sock.send(self.data[self.sent : self.sent + 65536], socket.MSG_DONTWAIT)
             if readable:
                 self.read()
             if time.monotonic() > end:
                 raise socket.timeout
 
     def read(self) -> None:
-        """Read some, and check it.  An end of file is an EOFError."""
+        """Read a chunk and check it.  Raises EOFError at an end of file."""
         data = self.sock.recv(10007)
         if not data:
             raise EOFError
-        due = self.words[self.got : self.sent] if self.echo else PINGS[self.got % 4 :]
+        due = self.data[self.got : self.sent] if self.echo else PINGS[self.got % 4 :]
         compare(f"client {self.name}, after {self.got} bytes", data, due[: len(data)])
         self.got += len(data)
 
-    def talk(self, size: int, pings: int) -> None:
+    def transfer(self, size: int, pings: int) -> None:
         """Send so many bytes; read the echo, or so many bytes of pings."""
-        self.say(size)
-        self.exchange(len(self.words) if self.echo else self.got + (4 if self.every else pings))
+        self.queue(size)
+        self.exchange(len(self.data) if self.echo else self.got + (4 if self.every else pings))
 
-    def live(self, life: Callable[[Client], None]) -> None:
-        """Connect, live, and note how it ends."""
+    def play(self, role: Callable[[Client], None]) -> None:
+        """Connect, play a role, and note how the connection ends."""
         try:
             self.sock.connect(("127.0.0.1", self.run.port))
-            life(self)
+            role(self)
             self.end = "left"
         except EOFError:
             self.end = "end of file"
@@ -276,56 +276,56 @@ class Client:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it has got everything that the server owes it."""
-        return self.got == self.sent == len(self.words) if self.echo else self.got % 4 == 0
+        """Return whether it has received everything that the server must send."""
+        return self.got == self.sent == len(self.data) if self.echo else self.got % 4 == 0
 
 
 def leaves(client: Client) -> None:
     """Send little, then much; half-close; read to the end of file."""
-    client.talk(80, 4000)
-    client.say(MUCH if client.echo else 80)
+    client.transfer(80, 4000)
+    client.queue(MUCH if client.echo else 80)
     client.exchange(0, reading=False)
-    client.talk(80, MUCH)
+    client.transfer(80, MUCH)
     client.sock.shutdown(socket.SHUT_WR)
     while True:
         client.read()
 
 
 def stays(client: Client) -> None:
-    """Go on while the others come and leave; say a last word; read to the end of file."""
-    client.talk(80, 4000)
-    client.run.until(client.run.guests_are_gone, "the other clients are served")
-    client.talk(80, 4000)
+    """Stay while the others connect and leave; send a last message; read to the end of file."""
+    client.transfer(80, 4000)
+    client.run.until(client.run.others_have_ended, "the other clients are served")
+    client.transfer(80, 4000)
     client.run.ready = True
-    client.run.until(lambda: client.run.last_word, "the server is checked")
-    client.say(80)
+    client.run.until(lambda: client.run.last_message, "the server is checked")
+    client.queue(80)
     client.exchange(0, reading=False)
-    client.run.said = True
+    client.run.last_sent = True
     while True:
         client.read()
 
 
 def resets(client: Client) -> None:
     """Send little, read, and reset the connection."""
-    client.talk(80, 4000)
+    client.transfer(80, 4000)
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def outlet(is_socket: bool) -> tuple[BinaryIO, int]:
-    """The two ends of what the server writes to: a pipe or a socket, which it must handle differently."""
+    """Return both ends of an output: a pipe or a socket, which the server must handle differently."""
     ours, theirs = (end.detach() for end in socket.socketpair()) if is_socket else os.pipe()
     return open(ours, "rb"), theirs
 
 
 class Run:
-    """One case: the server, strace, three clients, and what was wrong."""
+    """One case: the server, strace, three clients, and the failures."""
 
     def __init__(self, script: str, case: Case, plain: Plain | None = None) -> None:
         self.case, self.plain = case, plain
         self.wrongs: list[str] = []
         self.lines: list[str] = []
-        self.lives: list[Future[None]] = []
-        self.ready = self.last_word = self.said = False  # how far client B is
+        self.roles: list[Future[None]] = []
+        self.ready = self.last_message = self.last_sent = False  # how far client B is
         self.port = self.files = 0
         self.cpu = 0.0
         with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
@@ -369,51 +369,53 @@ class Run:
         self.process.send_signal(signal.SIGCONT)
 
     def until(self, condition: Callable[[], object], what: str) -> None:
-        """Wait until the condition is true.  A client that is stuck has its own, shorter deadline."""
+        """Wait until the condition is true.  A client has its own, shorter deadline."""
         end = time.monotonic() + 3 * DEADLINE
         while not condition():
             if time.monotonic() > end:
                 raise Loss(f"did not happen: {what}")
             time.sleep(0.002)
 
-    def is_dead(self) -> bool:
+    def has_exited(self) -> bool:
         return self.process.poll() is not None
 
     def traced(self) -> list[str]:
-        """What strace has written until now."""
+        """Return the lines that strace has written until now."""
         with contextlib.suppress(FileNotFoundError):  # not yet, or no longer
             self.lines = self.trace.read_text(errors="replace").splitlines()
         return self.lines
 
     def is_listening(self) -> bool:
-        """Find the port.  strace tells it even if the server's log is what fails."""
+        """Find the port.  strace shows it even if the server's log fails."""
         port = re.search(r"^getsockname\(.*sin_port=htons\((\d+)\).* = 0$", "\n".join(self.traced()), re.M)
         self.port = int(port[1]) if port else 0
         return self.port > 0
 
-    def is_gone(self, name: str) -> bool:
-        """Whether this client has ended, or waits for a close() that strace has suppressed."""
+    def has_ended(self, name: str) -> bool:
+        """Return whether this client has ended, or waits for a close() that strace has suppressed."""
         return bool(self.clients[name].end) or (self.case.call == "close" and name in self.struck())
 
-    def guests_are_gone(self) -> bool:
-        return self.is_gone("A") and self.is_gone("C")
+    def others_have_ended(self) -> bool:
+        return self.has_ended("A") and self.has_ended("C")
 
     def serve(self) -> None:
-        """Let the clients live, and check the server while one of them is left."""
+        """Run the clients, and check the server while one of them is left."""
         a, b, c = self.clients.values()
-        self.until(lambda: self.is_listening() or self.is_dead(), "it listens")
-        self.lives = [self.pool.submit(client.live, life) for client, life in ((a, leaves), (b, stays))]
-        self.until(lambda: self.is_gone("A") or self.is_gone("B"), "a client leaves")
-        self.lives.append(self.pool.submit(c.live, resets))
-        self.until(lambda: self.guests_are_gone() and (self.ready or self.is_gone("B")), "clients are served")
-        if self.ready and not self.is_dead():
+        self.until(lambda: self.is_listening() or self.has_exited(), "it listens")
+        self.roles = [self.pool.submit(client.play, role) for client, role in ((a, leaves), (b, stays))]
+        self.until(lambda: self.has_ended("A") or self.has_ended("B"), "a client leaves")
+        self.roles.append(self.pool.submit(c.play, resets))
+        self.until(
+            lambda: self.others_have_ended() and (self.ready or self.has_ended("B")), "clients are served"
+        )
+        if self.ready and not self.has_exited():
             self.rest()
-            self.send_signal(signal.SIGSTOP)  # the last word arrives before it knows that it must stop
-            self.last_word = True
-            self.until(lambda: self.said or b.end, "a last word is sent")
+            self.send_signal(signal.SIGSTOP)  # the last message arrives before the stop signal
+            self.last_message = True
+            self.until(lambda: self.last_sent or b.end, "a last message is sent")
 
     def rest(self) -> None:
-        """Wait for a moment in which it does nothing: a loop that spins has none.  Count descriptors."""
+        """Wait until it uses no processor time: a loop that spins never does.  Count descriptors."""
         clock = ~self.process.pid << 3 | 2  # the process's time on a processor: clock_getcpuclockid(3)
         busy = 0.002 if self.case.mode == "every" else 0.0
         with contextlib.suppress(OSError):  # it may end now
@@ -425,7 +427,7 @@ class Run:
                 if self.cpu - before <= busy and not (self.plain and self.files > self.plain.files):
                     return
             if self.cpu - before > busy:
-                self.wrongs.append("never rests, though nothing happens")
+                self.wrongs.append("never sleeps, although nothing happens")
 
     def send_signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -436,17 +438,17 @@ class Run:
         self.send_signal(signal.SIGTERM)
         self.send_signal(signal.SIGCONT)
         try:
-            self.until(lambda: self.is_dead() or self.lost_wake_up(), "it stops")
+            self.until(lambda: self.has_exited() or self.lost_wake_up(), "it stops")
         except Loss as wrong:
             self.wrongs.append(str(wrong))
         self.process.kill()
-        self.last_word = True
-        for life in self.lives:
-            life.result()
+        self.last_message = True
+        for role in self.roles:
+            role.result()
         self.strace.wait()
 
     def injected(self) -> str:
-        """The line of strace that shows the fault; "" if the program itself made no such call."""
+        """Return the line of strace that shows the fault; "" if the program itself made no such call."""
         for line in self.traced():
             if line.startswith("kill("):
                 break
@@ -455,11 +457,11 @@ class Run:
         return ""
 
     def lost_wake_up(self) -> bool:
-        """Whether the fault is one that the kernel never causes: a signal that does not wake the server."""
+        """Return whether the kernel never causes this fault: a signal that does not wake the server."""
         return bool(WAKE_UP.match(self.injected()))
 
     def struck(self) -> set[str]:
-        """What the fault has hit: "A", "B", "C", "output", "log", or some other file."""
+        """Return what the fault has hit: "A", "B", "C", "output", "log", or some other file."""
         names = dict(self.files_of)
         ports = {str(client.port): name for name, client in self.clients.items()}
         for line in self.traced():
@@ -471,7 +473,7 @@ class Run:
         return set()
 
     def may_fail(self, struck: set[str]) -> bool:
-        """Whether status 1 is right: nothing else is possible after this fault."""
+        """Return whether status 1 is right, because nothing else is possible after this fault."""
         case = self.case
         if case.is_signal or case.is_transient or case.call in NEVER_ENDED_BY or not self.plain:
             return False
@@ -484,7 +486,7 @@ class Run:
         return "output" in struck
 
     def judge(self) -> None:
-        """Find what was wrong."""
+        """Check the status, the log, the clients and the messages."""
         case, status = self.case, self.process.returncode
         struck = set() if case.is_transient else self.struck()
         out, err = (future.result().decode(errors="replace") for future in (self.out, self.err))
@@ -516,28 +518,28 @@ class Run:
             elif served and name not in struck:
                 whole = client.is_whole or (name == "C" and self.case.mode != "echo")
                 if client.end != ("left" if name == "C" else "end of file") or not whole:
-                    self.wrongs.append(f"{seen}, though the fault is not its own")
+                    self.wrongs.append(f"{seen}, although the fault is not its own")
             elif client.end == "end of file" and not client.is_whole:
                 cut = self.case.mode != "echo"  # a ping; an echo cannot be shorter after a failed send
                 if cut or (name in struck and self.case.call in SENDING):
                     self.wrongs.append(f"{seen}: it cannot see that something is missing")
 
     def judge_messages(self, out: str, summary: re.Match[str] | None, struck: set[str]) -> None:
-        """Check what was shown of each client, and that the summary agrees."""
+        """Check the messages of each client, and that the summary agrees."""
         shown = {str(client.port): "" for client in self.clients.values()}
-        speaker = ""
+        sender = ""
         for line in out.splitlines():
             header = HEADER.fullmatch(line)
             if header:
-                speaker = header[2].rpartition(":")[2]
-            elif speaker in shown:
-                shown[speaker] += line.strip()
+                sender = header[2].rpartition(":")[2]
+            elif sender in shown:
+                shown[sender] += line.strip()
             else:
                 self.wrongs.append(f"shown without a header: {line[:60]!r}")
         for name, client in self.clients.items():
             text = shown[str(client.port)]
             try:
-                compare(f"shown of client {name}", text, client.words[: min(client.sent, len(text))].decode())
+                compare(f"shown of client {name}", text, client.data[: min(client.sent, len(text))].decode())
             except Loss as wrong:
                 self.wrongs.append(str(wrong))
             if summary and not struck and not self.case.is_signal and len(text) != client.sent:
@@ -546,7 +548,7 @@ class Run:
                 text and len(text) == client.sent and client.is_whole
             )  # nothing is left to read or to send
             if self.case.is_signal and client.end == "reset" and served:
-                self.wrongs.append(f"client {name} was reset, though everything was read and sent")
+                self.wrongs.append(f"client {name} was reset, although everything was read and sent")
         received = numbers(summary[2])[0] if summary else 0
         total = sum(len(text) for text in shown.values())
         if summary and "output" not in struck and received != total:
@@ -554,7 +556,7 @@ class Run:
 
 
 def measure(script: str, mode: str) -> Plain:
-    """What a mode does without a fault."""
+    """Run a mode without a fault; return its calls, descriptors and time."""
     run = Run(script, Case(mode, "", "", 0))
     run.judge()
     if run.wrongs:
@@ -574,7 +576,7 @@ def measure(script: str, mode: str) -> Plain:
 
 
 def cases_of(mode: str, plain: Plain) -> Iterator[Case]:
-    """Every fault of a mode: at the 1st, 2nd and 5th call of a name, and at every 4th after it."""
+    """Yield every fault of a mode: at the 1st, 2nd and 5th call of a name, and at every 4th after it."""
     for call, count in sorted(plain.calls.items()):
         faults = [f"error={name}" for name in ERRORS.get(call, "").split()]
         faults += [f"signal={name}" for name in SIGNALS]
@@ -584,7 +586,7 @@ def cases_of(mode: str, plain: Plain) -> Iterator[Case]:
 
 
 def trial(script: str, case: Case, plain: Plain) -> tuple[bool, str]:
-    """Run a case; return whether the fault was reached, and what was wrong."""
+    """Run a case; return whether the fault was reached, and the failures as text."""
     run = Run(script, case, plain)
     if run.lost_wake_up():
         return False, ""
@@ -601,18 +603,18 @@ def trial(script: str, case: Case, plain: Plain) -> tuple[bool, str]:
 
 
 def chosen(options: argparse.Namespace, plains: dict[str, Plain]) -> list[Case]:
-    """The cases that the command line asks for."""
+    """Return the cases that the command line selects."""
     if options.case:
         return [options.case]
     cases = [case for mode, plain in plains.items() for case in cases_of(mode, plain)]
     cases = [case for case in cases if options.call in (None, case.call)]
-    # A rank of its own for each case: a seed draws the same ones, even if the number of calls varies.
+    # Each case has its own rank, so a seed draws the same ones even if the number of calls varies.
     cases.sort(key=lambda case: random.Random(f"{options.seed} {case}").random())
     return cases[: options.sample]
 
 
 def a_case(text: str) -> Case:
-    """MODE:CALL:FAULT:when=N, as the tool prints it."""
+    """Return the case MODE:CALL:FAULT:when=N, as the tool prints it."""
     mode, call, fault, when = text.split(":")
     return Case(mode, call, fault, int(when.replace("when=", "")))
 
@@ -647,14 +649,12 @@ def inject(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Make the server's system calls fail, and check its clients."
-    )
+    parser = argparse.ArgumentParser(description="Make the server's system calls fail and check its clients.")
     add = parser.add_argument
     add("--mode", choices=MODES, help="only this mode of the server (default: all)")
     add("--call", metavar="NAME", help="only faults of this system call (default: all)")
     add("--sample", type=int, metavar="N", help="only N cases, drawn at random (default: all)")
-    add("--seed", type=int, default=random.randrange(10**6), metavar="N", help="repeats a sample")
+    add("--seed", type=int, default=random.randrange(10**6), metavar="N", help="seed of a sample to repeat")
     add("--case", type=a_case, metavar="CASE", help="only this case, as it was printed")
     add(
         "--jobs",
@@ -665,7 +665,7 @@ def main() -> int:
     )
     add("--server", default=str(Path(__file__).parents[1] / "non_block_io_server.py"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left
     try:
         return inject(options)
     except Skip as reason:
