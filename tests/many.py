@@ -5,9 +5,9 @@
     python3 tests/many.py --connections 500000 --copies 40
 
 The clients are plain sockets in a few processes.  They connect from many loopback addresses, so that
-ports do not run out.  Each client sends bytes of its own when it has connected, and again when all
+ports do not run out.  Each client sends its own bytes when it has connected, and again when all
 clients are connected.  Every byte of the echoes is checked.  Descriptors and memory are read before,
-at the peak, and after all clients have left.
+at the peak, and after all clients have disconnected.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WINDOW = 128  # echoes in flight in each process of clients: more could overflow
 PORTS = range(20_000, 30_000)  # of each client address; the kernel gives other programs higher ones
 SPARE_FILES = 64  # descriptors of a process besides its connections
 MEMORY = 8192  # bytes of the machine's memory that a connection needs, at both of its ends
-DEADLINE = 60.0  # seconds: nothing at all for so long is a failure
+DEADLINE = 60.0  # seconds without an answer that count as a failure
 CAUSES = {
     errno.EMFILE: "the limit on the open files of a process (ulimit -n)",
     errno.ENFILE: "the limit on open files (fs.file-max)",
@@ -49,7 +49,7 @@ CAUSES = {
 
 
 class State(NamedTuple):
-    """What the copies and the machine use."""
+    """The resources that the copies and the machine use."""
 
     files: int  # descriptors of the copies
     resident: int  # bytes of the copies
@@ -58,7 +58,7 @@ class State(NamedTuple):
 
 
 def number_in(path: str, word: str) -> int:
-    """The number after a word of a file of /proc."""
+    """Return the number after a word in a file of /proc."""
     fields = Path(path).read_text().replace(":", " ").split()
     return int(fields[fields.index(word) + 1])
 
@@ -72,7 +72,7 @@ def eventually(condition: Callable[[], object], what: str) -> None:
 
 
 class Copy:
-    """One copy of the server.  Its log is read all the time, and its unusual lines are kept."""
+    """One copy of the server.  A thread reads its log and keeps the unusual lines."""
 
     def __init__(self, script: str, port: int, seats: int) -> None:
         options = ["--echo", "--quiet", "--reuse-port", "--port", str(port)]
@@ -113,13 +113,13 @@ class Copy:
         return numbers(*found.groups()[:3])
 
 
-def words(process: int, descriptor: int, turn: int) -> bytes:
-    """What this connection sends in this turn: no other sends the same."""
+def message(process: int, descriptor: int, turn: int) -> bytes:
+    """Return the bytes that only this connection sends, only in this turn."""
     return (b"%d.%d.%d " % (process, descriptor, turn) * SIZE)[:SIZE]
 
 
 def connections(process: int, port: int, count: int, poll: select.epoll) -> Iterator[int]:
-    """Connect, one after the other, from addresses of this process's own."""
+    """Connect one after the other, from addresses that only this process uses."""
     for number in range(count):
         address = f"127.{1 + process // 250}.{1 + process % 250}.{1 + number // len(PORTS)}"
         sock = socket.socket()
@@ -134,13 +134,13 @@ def connections(process: int, port: int, count: int, poll: select.epoll) -> Iter
 
 
 def echo(process: int, turn: int, descriptors: Iterable[int], poll: select.epoll) -> list[int]:
-    """Send words over each connection, and check what comes back; return the descriptors."""
+    """Send a message over each connection and check its echo; return the descriptors."""
     done: list[int] = []
     waiting: dict[int, bytes] = {}
     source = iter(descriptors)
     while True:
         for descriptor in source:
-            waiting[descriptor] = words(process, descriptor, turn)
+            waiting[descriptor] = message(process, descriptor, turn)
             os.write(descriptor, waiting[descriptor])
             if len(waiting) >= WINDOW:
                 break
@@ -160,7 +160,7 @@ def echo(process: int, turn: int, descriptors: Iterable[int], poll: select.epoll
 
 
 def clients(process: int, count: int, orders: Connection) -> None:
-    """Connect and echo; echo again; leave.  Each step waits for an order, the port, and is answered."""
+    """Connect and echo; echo again; disconnect.  Each step waits for an order (the port) and replies."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends it
     held: list[int] = []
@@ -182,7 +182,7 @@ def clients(process: int, count: int, orders: Connection) -> None:
 
 
 def limit(count: int, copies: int, files: int) -> str:
-    """Name the limit of the machine that is too low for so many connections, if there is one."""
+    """Return a limit of the machine that is too low for so many connections, or ""."""
     share = count / copies
     seats = math.ceil(share + 6 * math.sqrt(share))  # the kernel spreads connections by a hash
     if seats + SPARE_FILES > files:
@@ -205,7 +205,7 @@ def state_of(copies: list[Copy]) -> State:
 
 
 def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
-    """Hold all connections open together, and check them; return the summary."""
+    """Hold all connections open at the same time and check them; return the summary."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 1 << 20 if files == resource.RLIM_INFINITY else files
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -271,7 +271,7 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Hold many connections open together, and check two echoes over each."
+        description="Hold many connections open at the same time and check two echoes over each."
     )
     add = parser.add_argument
     add("--connections", type=int, default=2000, metavar="N", help="simultaneous connections (default: 2000)")
