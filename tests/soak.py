@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""A soak test: random clients use the server in every mode and in every way, for as long as you like.
+"""A soak test: random clients use the server in every mode and in every way, for any time.
 
     python3 tests/soak.py --seconds 600
 
 Each mode (pings, --echo, --every; few seats or many; --quiet or not; one copy, or three with
---reuse-port) has a server of its own.  It goes through these turns:
+--reuse-port) has its own server, and these turns:
 
-    probe      before serving begins, clients connect and leave without a byte
-    crowd      many clients at once: what each one sends, how it reads and how it leaves is random;
-               now and then the server is suspended, or one of its outputs is not read
+    probe      before serving starts, clients connect and leave without a byte
+    crowd      many clients at the same time: each one sends, reads and leaves in a random way;
+               sometimes the server is suspended, or one of its outputs is not read
     stall      standard output is not read until the server can only send pings
     stall_log  standard error is not read until the server drops lines (in some modes)
-    stop       a signal arrives while the server is suspended and bytes wait to be read
+    stop       a signal arrives while the server is suspended and bytes are unread
 
 After each turn all clients have left, and everything is checked: each byte that a client read, each
 message, each figure of the log, the number of descriptors, the memory and the processor time.
 
-No check depends on how long something takes, except one: nothing at all for STALL seconds is a loss.
+No check depends on the duration of an action, except one: STALL seconds without progress are a loss.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from typing import IO, AnyStr, Callable, Dict
 
 STALL = 60.0  # seconds
 TURN = 2.0  # seconds in which new clients of a crowd connect
-CROWD = 20  # clients at once
+CROWD = 20  # clients at the same time
 COPIES = 3  # servers on one port, with --reuse-port
 BACKLOG = 64  # clients that wait for a seat, at most: the kernel loses some when its backlog is full
 PROBES = 9000  # connections whose log lines fill standard error
 PROBE_NETWORK = "127.255."  # no client has such an address
-MEMORY = 24 << 20  # bytes that a server may use more than at its start
-GROWTH = 4 << 20  # bytes that it may use more at its end than when it was warm: an allocator keeps some
+MEMORY = 24 << 20  # bytes by which a server may grow after its start
+GROWTH = 4 << 20  # bytes by which it may grow after its warm-up, because an allocator keeps some
 
 PINGS = b"ping" * (1 << 17)
 ROWS = "".join(f"{row:07d} Grüße, 世界{' ' if row % 20 else chr(10)}" for row in range(150000)).encode()
@@ -65,7 +65,7 @@ PHRASES = (
     b"no text: \xff\xfe\xe4\xb8 \xf0\x9f\x99",
 )
 
-JOINERS = "\u200c\u200d"  # escaped, or not, as their neighbours are; here they always pass
+JOINERS = "\u200c\u200d"  # escaped or not, as their neighbours are; both count as correct
 TITLE = "data received..."
 HEADER = re.compile(r"data received\.\.\. \(client (\d+), (\S+)\)")
 LISTENING = re.compile(r"listening on \S+:(\d+), waiting for \d+ clients?")
@@ -81,7 +81,7 @@ STOPPED = re.compile(
 
 
 class Loss(Exception):
-    """The server did something wrong."""
+    """A failure of the server."""
 
 
 class Escapes(Dict[int, str]):
@@ -100,7 +100,7 @@ ESCAPES = Escapes()
 
 
 def printed(data: bytes) -> str:
-    """Return how the server prints these bytes, without newlines: where a chunk ends is not known."""
+    """Return how the server prints these bytes, without newlines: the ends of chunks are unknown."""
     return data.decode("utf-8", "replace").replace("\r\n", "").replace("\n", "").translate(ESCAPES)
 
 
@@ -131,7 +131,7 @@ def numbers(*texts: str | None) -> list[int]:
 
 
 class Client:
-    """One connection, and what is known about it."""
+    """One connection, and everything that is known about it."""
 
     def __init__(self, service: Service, rng: random.Random, data: bytes) -> None:
         self.service, self.rng, self.data = service, rng, data
@@ -144,7 +144,7 @@ class Client:
         self.number = 0  # in the headers of its messages
         self.lines: list[str] = []  # of its messages
         self.size = 0  # characters in them
-        self.expected = ""  # what they should be
+        self.expected = ""  # the correct text
         self.logged: tuple[int, str, int, int] | None = None  # number, reason, received, sent
         service.wait(lambda: service.waiting() < BACKLOG, "clients are accepted")
         self.sock = socket.socket()
@@ -154,7 +154,7 @@ class Client:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         if rng.random() < 0.3:  # odd segments, so that the server's sends also cut pings
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, rng.randrange(501, 1461, 2))
-        turn = next(service.turns)  # each client has an address of its own
+        turn = next(service.turns)  # each client has its own address
         self.sock.bind((f"127.{1 + turn // 62500 % 250}.{turn // 250 % 250}.{1 + turn % 250}", 0))
         self.address = "{}:{}".format(*self.sock.getsockname())
         service.clients[self.address] = self
@@ -205,7 +205,7 @@ class Client:
             raise Loss(f"received {self.received} bytes, more than one ping per beat")
 
     def arrive(self, seconds: float = STALL) -> None:
-        """Wait until everything that was sent is acknowledged: the server's kernel has it, and keeps it."""
+        """Wait until everything that was sent is acknowledged, so that the server's kernel has it."""
         timeout = Timeout(seconds)
         while not self.arrived and not timeout.expired():
             self.arrived = not struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0]
@@ -228,15 +228,15 @@ class Client:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
-    def live(self) -> None:
+    def run(self) -> None:
         """Send, read and leave, each in a random way."""
         rng, service, size = self.rng, self.service, len(self.data)
         self.send_size = rng.choice((1 if size < 1000 else 4096, 1 << 16, 1 << 18))
         if size and rng.random() < 0.3:
             self.urgent = rng.randrange(size)
-        way = rng.choice(("probe", "idle", "deaf", "slow", "full"))
-        self.faults += (way in ("probe", "deaf")) + (self.urgent >= 0) + (size > 1 << 16)
-        if way == "deaf":
+        way = rng.choice(("probe", "idle", "unread", "slow", "full"))
+        self.faults += (way in ("probe", "unread")) + (self.urgent >= 0) + (size > 1 << 16)
+        if way == "unread":
             self.move(reading=False, seconds=0.02)
         elif way == "slow":
             self.recv_size = rng.randint(1, 7) if size < 1000 else 20000
@@ -263,7 +263,7 @@ class Client:
         self.sock.close()
 
     def check(self) -> None:
-        """Raise Loss if the log or the messages are not true."""
+        """Raise Loss if the log or the messages are wrong."""
         number, reason, received, sent = self.logged or (0, "", 0, 0)
         echo = self.service.echo
         size = sent if echo else 4 * sent
@@ -280,7 +280,7 @@ class Client:
 
 
 class Copy:
-    """One process of the server, and what it prints."""
+    """One process of the server, and its output."""
 
     def __init__(self, service: Service, command: list[str]) -> None:
         self.service = service
@@ -289,35 +289,35 @@ class Copy:
         self.received = self.sent = self.base_files = self.base_memory = 0
         self.serving = False
         self.summary = [0, 0, 0, 0]  # clients served, bytes received, pings or bytes sent, lines dropped
-        self.speaker: Client | None = None
+        self.sender: Client | None = None
         self.after_header = False
         self.memories: list[int] = []
         pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONIOENCODING": "utf-8"}
         self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment)
         assert self.process.stdout and self.process.stderr
-        service.pool.submit(self.hear, self.process.stdout, service.flowing[0], self.message)
-        service.pool.submit(self.hear, self.process.stderr, service.flowing[1], self.log)
+        service.pool.submit(self.read_lines, self.process.stdout, service.flowing[0], self.message)
+        service.pool.submit(self.read_lines, self.process.stderr, service.flowing[1], self.log)
 
-    def hear(self, stream: IO[bytes], flowing: threading.Event, take: Callable[[str], None]) -> None:
+    def read_lines(self, stream: IO[bytes], flowing: threading.Event, handle: Callable[[str], None]) -> None:
         for line in stream:
             flowing.wait()
             self.lines += 1
-            take(line[:-1].decode("utf-8", "surrogateescape"))
+            handle(line[:-1].decode("utf-8", "surrogateescape"))
 
     def message(self, line: str) -> None:
-        """Check a line of standard output: every line that looks like a header is one."""
+        """Check a line of standard output: every line that looks like a header must be one."""
         header = HEADER.fullmatch(line)
         if header and header[2] in self.service.clients and not self.after_header:
-            self.speaker = self.service.clients[header[2]]
-            self.speaker.number = int(header[1])
+            self.sender = self.service.clients[header[2]]
+            self.sender.number = int(header[1])
             self.after_header = True
-        elif self.speaker and not line.startswith(TITLE) and (self.after_header or line.startswith("  ")):
+        elif self.sender and not line.startswith(TITLE) and (self.after_header or line.startswith("  ")):
             indented = not self.after_header or line.startswith(f"  {TITLE}")
             line = line[2 * indented :]
             for joiner in JOINERS:
                 line = line.replace(joiner.encode("unicode_escape").decode(), joiner)
-            self.speaker.lines.append(line)
-            self.speaker.size += len(line)
+            self.sender.lines.append(line)
+            self.sender.size += len(line)
             self.after_header = False
         else:
             self.service.losses.append(f"on standard output: {line[:100]!r}")
@@ -345,7 +345,7 @@ class Copy:
             self.service.losses.append(f"on standard error: {line}")
 
     def end(self, reason: str, number: int, received: int, sent: int) -> None:
-        """Note what the log says about a client that has left."""
+        """Note the figures of the log for a client that has left."""
         client = self.seated.pop(number, None)
         if client:
             client.logged = number, reason, received, sent
@@ -355,12 +355,12 @@ class Copy:
         self.ended += 1
 
     def end_seated(self, unit: int) -> None:
-        """Note what the summary says about the clients that were connected."""
+        """Note the figures of the summary for the clients that were still connected."""
         seated = [(number, client) for number, client in self.seated.items() if client]
         for number, client in sorted(seated, key=lambda item: not item[1].graceful):
             if client.graceful:
                 self.end("left", number, client.sent, client.received // unit)
-            else:  # it was reset: the rest is its part
+            else:  # it was reset: the rest belongs to it
                 rest = self.summary[1] - self.received, self.summary[2] - self.sent
                 self.end("was reset", number, *rest)
 
@@ -368,7 +368,7 @@ class Copy:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def memory(self) -> int:
-        """Return the resident bytes, not shared, that it uses more than at its start."""
+        """Return by how many resident, unshared bytes it has grown since its start."""
         _, resident, shared, *_ = Path(f"/proc/{self.process.pid}/statm").read_text().split()
         more = (int(resident) - int(shared)) * resource.getpagesize() - self.base_memory
         if more > MEMORY:
@@ -386,7 +386,7 @@ class Copy:
         raise Loss("never sleeps, although nothing happens")
 
     def settle(self) -> None:
-        """Check that it holds nothing any more."""
+        """Check that it has released everything."""
         self.rest()
         self.base_files = self.base_files or self.files()  # the first client opens the file of pings
         if self.files() != self.base_files:
@@ -441,13 +441,13 @@ class Service:
         lines = self.total("accepted") + self.total("ended") + self.total("dropped")
         return lines == 2 * self.made() - present
 
-    def wait(self, true: Callable[[], bool], what: str) -> None:
-        """Wait until it is true, as long as something happens."""
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until the condition is true; raise Loss if there is no progress."""
         timeout = Timeout()
-        while not true():
+        while not condition():
             ended = any(copy.process.poll() is not None for copy in self.copies)
             if self.losses or ended or timeout.expired(self.total("lines")):
-                raise Loss(f"waited in vain until {what}")
+                raise Loss(f"did not happen: {what}")
             time.sleep(0.002)
 
     def signal(self, *signals: int) -> None:
@@ -461,16 +461,17 @@ class Service:
 
     def probe(self, rng: random.Random) -> None:
         """Probe the port before serving begins: connect, and leave without a byte."""
-        for _ in range(5):  # one after the other: two at once are enough clients
+        for _ in range(5):  # one after the other: two at the same time are enough clients
             client = Client(self, rng, b"")
             rng.choice((client.leave, client.reset))()
             self.faults += 1
             self.wait(self.all_logged, "a probe is logged")
 
     def crowd(self, rng: random.Random, end: float) -> None:
-        """Many clients at once, while the server is suspended and its outputs stall."""
-        lives = [self.pool.submit(self.lives, random.Random(rng.getrandbits(64)), end) for _ in range(CROWD)]
-        while time.monotonic() < end and not any(life.done() for life in lives):
+        """Run many clients at the same time, while the server is suspended and its outputs stall."""
+        seeds = [rng.getrandbits(64) for _ in range(CROWD)]
+        runs = [self.pool.submit(self.run_clients, random.Random(seed), end) for seed in seeds]
+        while time.monotonic() < end and not any(run.done() for run in runs):
             time.sleep(rng.uniform(0, 0.05))
             for copy in self.copies:
                 copy.memory()
@@ -482,11 +483,11 @@ class Service:
                 self.flowing[fault].clear()
                 time.sleep(seconds)
                 self.flowing[fault].set()
-        while not all(life.done() and not life.result() for life in lives):
+        while not all(run.done() and not run.result() for run in runs):
             time.sleep(0.002)
 
-    def lives(self, rng: random.Random, end: float) -> None:
-        """One client after the other."""
+    def run_clients(self, rng: random.Random, end: float) -> None:
+        """Run one client after the other until `end`."""
         while True:
             data = b"".join(rng.choices(PHRASES, k=rng.randrange(5)))
             if rng.random() < 0.1:
@@ -495,7 +496,7 @@ class Service:
                 data = bulk[start : start + int(2 ** rng.uniform(12, 21.5))]
             client = Client(self, rng, data)
             try:
-                client.live()
+                client.run()
             except (Loss, OSError) as error:
                 raise Loss(f"{client.address}: {error}") from error
             finally:
@@ -543,7 +544,7 @@ class Service:
         writer.data = writer.data[: writer.sent]
 
     def stall_log(self, rng: random.Random) -> None:
-        """Do not read standard error until lines are dropped: the server goes on, and counts them."""
+        """Do not read standard error until lines are dropped: the server continues and counts them."""
         (client,) = self.seat(rng, 1)
         self.wait(lambda: self.all_logged(1), "the client is logged")
         self.flowing[1].clear()
@@ -562,9 +563,9 @@ class Service:
         client.leave()
 
     def probe_gracefully(self, count: int) -> None:
-        """Connect, half-close and read to the end of file, several times at once."""
+        """Connect, half-close and read to the end of file, with several clients at the same time."""
         self.probes, self.settled = self.probes + count, self.settled + count
-        address = f"{PROBE_NETWORK}{random.randrange(256)}.{random.randrange(1, 255)}"  # whose ports are free
+        address = f"{PROBE_NETWORK}{random.randrange(256)}.{random.randrange(1, 255)}"  # its ports are free
         with contextlib.ExitStack() as stack:
             probes = [stack.enter_context(socket.socket()) for _ in range(count)]
             for probe in probes:
@@ -586,7 +587,7 @@ class Service:
             copy.settle()
 
     def check_clients(self) -> None:
-        """Raise Loss if a byte or a message is missing, or is one too many."""
+        """Raise Loss if a byte or a message is missing, or one is too many."""
         clients, losses = list(self.clients.values()), []
         for client in [] if self.quiet else clients:
             client.expected = printed(client.data[: client.logged[2]]) if client.logged else ""
@@ -605,10 +606,10 @@ class Service:
         self.settled += len(clients)
         self.clients.clear()
         if self.losses:
-            raise Loss("the mode is given up")
+            raise Loss("the mode ends early")
 
     def stop(self, rng: random.Random) -> None:
-        """Stop it while bytes wait to be read: they are printed and counted, then comes an end of file."""
+        """Stop it while bytes are unread: it prints and counts them, then sends an end of file."""
         clients = reader, writer = self.seat(rng, 2)
         self.wait(lambda: self.all_logged(2), "the last clients are logged")
         if rng.random() < 0.5:
@@ -640,7 +641,7 @@ class Service:
         expected = [served, self.total("received"), sent, self.total("dropped")]
         summary = [sum(figures) for figures in zip(*(copy.summary for copy in self.copies))]
         if summary != expected:
-            raise Loss(f"sums up {summary}, not {expected}")
+            raise Loss(f"its summary is {summary}, not {expected}")
         self.check_clients()
         for copy in self.copies:
             copy.check_growth()
@@ -655,7 +656,7 @@ class Service:
 
 
 def soak(script: str, options: list[str], rng: random.Random, end: float) -> Service:
-    """Run one mode until `end`; `losses` says what went wrong."""
+    """Run one mode until `end`; `losses` describes the failures."""
     turn = min(TURN, (end - time.monotonic()) / 4)
     service = Service(script, options)
     try:
@@ -678,10 +679,10 @@ def soak(script: str, options: list[str], rng: random.Random, end: float) -> Ser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Put random loads on the server, and check every byte.")
+    parser = argparse.ArgumentParser(description="Put random loads on the server and check every byte.")
     add = parser.add_argument
-    add("--seconds", type=float, default=60.0, metavar="N", help="how long, roughly (default: %(default)s)")
-    add("--quick", action="store_true", help="5 of the 15 modes, with each option in one of them")
+    add("--seconds", type=float, default=60.0, metavar="N", help="approximate time (default: %(default)s)")
+    add("--quick", action="store_true", help="run 5 of the 15 modes; each option is in one of them")
     add("--seed", type=int, default=random.randrange(10**6), metavar="N", help="seed of a run to repeat")
     add("--server", default=str(Path(__file__).parents[1] / "non_block_io_server.py"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -698,7 +699,7 @@ def main() -> int:
     end = time.monotonic() + options.seconds
     served = checked = faults = losses = 0
     interrupted = False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server stays behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left
     try:
         for left, mode in zip(range(len(modes), 0, -1), modes):
             now = time.monotonic()
