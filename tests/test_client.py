@@ -1,4 +1,4 @@
-"""The client: against the real server, and against servers that the tests play themselves."""
+"""Tests of the client, with the real server and with servers that the tests play."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ PIPE, NULL = subprocess.PIPE, subprocess.DEVNULL
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TTY = object()  # as a standard stream: a terminal of the client's own
 ASCII = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-IMPATIENT = "assert client.GRACE; client.GRACE = client.SILENCE = client.QUIET = 0.01"  # seconds
-WAITING = "nothing from the server yet.*another client.*\n"
+SHORT_TIMEOUTS = "assert client.GRACE; client.GRACE = client.SILENCE = client.QUIET = 0.01"  # seconds
+NOTICE = "nothing from the server yet.*another client.*\n"
 
 
 class Screen(Stream):
-    """Reads what is shown on a terminal; that the last program has left it is its end of file."""
+    """The text on a terminal.  Its end of file: the last program has closed the terminal."""
 
     def read(self) -> None:
         try:
@@ -43,15 +43,15 @@ class Screen(Stream):
                 self.changed.notify_all()
 
     def rows(self) -> list[str]:
-        """Return what a user sees, without empty rows and bare prompts.  Nothing is ever overwritten."""
+        """Return the rows without empty ones and bare prompts.  No row is ever overwritten."""
         assert "\r" not in self.text
-        return [row for row in re.sub(WAITING, "", self.text).split("\n") if row not in ("", "> ")]
+        return [row for row in re.sub(NOTICE, "", self.text).split("\n") if row not in ("", "> ")]
 
 
 class Client(Server):
-    """The client in a process of its own: after Python code, with a shell's redirections, in a wrapper."""
+    """The client as a process: after Python code, with a shell's redirections or in a wrapper."""
 
-    server: socket.socket  # the other end of its connection, where the test plays the server
+    server: socket.socket  # the other end of its connection, if the test plays the server
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Client(Server):
         shell = ["sh", "-c", f'exec "$@" {redirect}', "sh"] if redirect else list(wrapper)
         self.keyboard, end = os.openpty()
         attributes = termios.tcgetattr(end)
-        attributes[1] &= ~termios.OPOST  # what is shown are the very bytes that were written
+        attributes[1] &= ~termios.OPOST  # the terminal shows the written bytes unchanged
         termios.tcsetattr(end, termios.TCSANOW, attributes)
         fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         streams = {name: end if stream is TTY else stream for name, stream in streams.items()}
@@ -78,7 +78,7 @@ class Client(Server):
         self.clients: list[socket.socket] = []
 
     def type(self, data: bytes, last: bool = False) -> None:
-        """Write to its standard input; close it after the last."""
+        """Write to its standard input; close it after the last data."""
         pipe = self.process.stdin
         while data:
             data = data[os.write(pipe.fileno() if pipe else self.keyboard, data) :]
@@ -86,23 +86,23 @@ class Client(Server):
             pipe.close()
 
     def answer(self, data: bytes) -> bytes:
-        """Be a polite server: read to the end of file, send, close; return what was read."""
+        """Act as the server: read to the end of file, send data, close; return the bytes read."""
         received = read_all(self.server)
         self.server.sendall(data)
         self.server.close()
         return received
 
     def shown(self) -> bytes:
-        """All that it has written on standard output."""
+        """Return everything that it writes to standard output."""
         eventually(lambda: self.out and self.out.ended, "the end of standard output")
         return self.out.data if self.out else b""
 
     def ended(self, status: int) -> str:
-        """Its standard error, when it has ended with the status; that it waits needs no saying."""
-        return re.sub(WAITING, "", super().ended(status))
+        """Wait until it ends with the status; return its standard error without the notice of silence."""
+        return re.sub(NOTICE, "", super().ended(status))
 
     def line(self, status: int = 1) -> str:
-        """The one line on standard error, when it has ended with the status."""
+        """Wait until it ends with the status; return its only line on standard error."""
         lines = self.ended(status).splitlines()
         assert len(lines) == 1, lines
         return lines[0]
@@ -120,7 +120,7 @@ Launch = Callable[..., Client]
 
 @pytest.fixture
 def launch() -> Iterator[Launch]:
-    """Starts clients, of the server at a port or of the test itself; sees to it that none stays."""
+    """Yield a function that starts clients of a server, or of the test itself; end them after the test."""
     clients: list[Client] = []
 
     def launch(*arguments: str | bytes, port: int = 0, host: str = "127.0.0.1", **how: Any) -> Client:
@@ -148,15 +148,15 @@ def half_close(connection: socket.socket) -> None:
     connection.shutdown(socket.SHUT_WR)
 
 
-# ---------------------------------------------------------------- sending, and leaving
+# ---------------------------------------------------------------- messages and the summary
 
 
-def test_messages_arrive_though_pings_flood_in(start: Start, launch: Launch) -> None:
+def test_messages_arrive_during_a_flood_of_pings(start: Start, launch: Launch) -> None:
     server = start("--connections", "1")
     for number in range(1, 6):
         line = launch("first", f"second {number}", port=server.port, stdin=PIPE).line(0)
         server.messages(rf"^data received\.\.\. \(client {number}, .*\)\nfirst\n  second {number}$")
-        # Not a ping is missing, and the end was no reset.
+        # No ping is missing, and the connection ended without a reset.
         left = server.err.wait_for(rf"^client {number} left: 15 bytes received, ([\d,]+ pings?) sent, 0 of")
         assert line == f"sent 2 messages, 15 bytes; received {left[1]}"
 
@@ -175,13 +175,13 @@ def test_messages_arrive_though_pings_flood_in(start: Start, launch: Launch) -> 
         ([], b"one\ntwo\n", 0, b"", "sent 2 messages, 8 bytes; received 0 pings"),
     ],
 )
-def test_sums_up(
+def test_writes_a_summary(
     launch: Launch, messages: Any, typed: bytes, pings: int, other: bytes, summary: str, env: Any
 ) -> None:
     client = launch(*messages, stdin=PIPE, env=env)
-    for piece in re.findall(rb"(?s).{1,3}", typed):
-        client.type(piece)
-        assert read_exactly(client.server, len(piece)) == piece
+    for chunk in re.findall(rb"(?s).{1,3}", typed):
+        client.type(chunk)
+        assert read_exactly(client.server, len(chunk)) == chunk
     client.type(b"", last=True)
     lines = [os.fsencode(message) + b"\n" for message in messages]
     assert client.answer(b"ping" * pings + other) == b"".join(lines)
@@ -190,7 +190,7 @@ def test_sums_up(
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file", "null", "closed"])
-def test_standard_input_comes_back(start: Start, launch: Launch, tmp_path: Path, kind: str) -> None:
+def test_an_echo_returns_standard_input(start: Start, launch: Launch, tmp_path: Path, kind: str) -> None:
     port, redirect = start("--echo", "--connections", "1", "--quiet").port, "<&-" if kind == "closed" else ""
     data = os.urandom(5_000_000) if kind in ("pipe", "file") else b""
     (tmp_path / "input").write_bytes(data)
@@ -202,10 +202,10 @@ def test_standard_input_comes_back(start: Start, launch: Launch, tmp_path: Path,
     assert (tmp_path / "output").read_bytes() == data
 
 
-def test_reads_while_it_sends_and_memory_stays_flat(launch: Launch, tmp_path: Path) -> None:
-    """More than the sockets hold, to and from a server that does not read while it is not read."""
+def test_reads_while_it_sends_and_memory_stays_bounded(launch: Launch, tmp_path: Path) -> None:
+    """The data is larger than the sockets' buffers; the server reads nothing while its data is unread."""
     (tmp_path / "input").touch()
-    os.truncate(tmp_path / "input", 60_000_000)  # zeros, which take no room
+    os.truncate(tmp_path / "input", 60_000_000)  # zeros, which use no disk space
     with (tmp_path / "input").open("rb") as file:
         client = launch("--raw", stdin=file, stdout=NULL)
     client.settled()  # the sockets are full
@@ -217,11 +217,11 @@ def test_reads_while_it_sends_and_memory_stays_flat(launch: Launch, tmp_path: Pa
     assert client.line(0) == "sent 60,000,000 bytes; received 90,000,000 bytes"
 
 
-# ---------------------------------------------------------------- what arrives, and where it is shown
+# ---------------------------------------------------------------- received data, and where it is shown
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 262144])
-def test_counts_pings_and_shows_the_rest_however_it_is_cut(launch: Launch, size: int) -> None:
+def test_the_size_of_a_chunk_changes_no_count_and_no_output(launch: Launch, size: int) -> None:
     client = launch(before=f"assert client.SIZE; client.SIZE = {size}")
     client.answer(b"ping" * 100 + b"hello\npingpingshopping\nhoping\npinpin\n" + b"ping" * 9 + b"pin")
     assert client.line(0) == "sent 0 messages, 0 bytes; received 111 pings, 32 other bytes"
@@ -229,7 +229,7 @@ def test_counts_pings_and_shows_the_rest_however_it_is_cut(launch: Launch, size:
 
 
 def slowly(stream: bytes) -> tuple[int, bytes]:
-    """Return the number of pings, and the other bytes, read byte by byte."""
+    """Return the number of pings and the other bytes, found byte by byte."""
     pings, others, matched, in_line = 0, b"", 0, False
     for byte in stream:
         if not in_line and byte == b"ping"[matched]:
@@ -255,7 +255,7 @@ def test_the_parser_agrees_with_a_slow_one(alphabet: list[bytes]) -> None:
         assert (parser.pings, others + parser.held) == slowly(stream), (seed, stream)
 
 
-def test_short_lines_cost_no_more_than_long_ones(launch: Launch) -> None:
+def test_short_lines_are_not_slow(launch: Launch) -> None:
     client = launch()
     client.answer(b"\n" * 4_000_000)
     client.ended(0)
@@ -264,7 +264,7 @@ def test_short_lines_cost_no_more_than_long_ones(launch: Launch) -> None:
 
 @pytest.mark.parametrize("size", [1, 262144])
 @pytest.mark.parametrize("stdout", [TTY, PIPE], ids=["terminal", "pipe"])
-def test_controls_are_harmless_on_a_terminal(launch: Launch, stdout: Any, size: int) -> None:
+def test_controls_are_escaped_on_a_terminal_only(launch: Launch, stdout: Any, size: int) -> None:
     client = launch(stdout=stdout, before=f"assert client.SIZE; client.SIZE = {size}")
     wild = b"\x1b[31mred\x07\0\x7f\r\xc2\x9b\ttab \xe2\x98\x83 \xff\nend\xe2\x98"
     client.answer(wild)
@@ -291,7 +291,7 @@ ESCAPED = {
 
 
 @pytest.mark.parametrize("size", [1, 2, 262144])
-def test_what_is_escaped_on_a_terminal(launch: Launch, size: int) -> None:
+def test_a_terminal_gets_escapes_for_harmful_characters_only(launch: Launch, size: int) -> None:
     client = launch(stdout=TTY, before=f"assert client.SIZE; client.SIZE = {size}")
     client.answer("\n".join(ESCAPED).encode())
     client.ended(0)
@@ -299,7 +299,7 @@ def test_what_is_escaped_on_a_terminal(launch: Launch, size: int) -> None:
 
 
 @pytest.mark.parametrize(("stdin", "stdout"), [(TTY, TTY), (NULL, TTY), (NULL, PIPE)])
-def test_raw_is_untouched_and_counts_nothing(launch: Launch, stdin: Any, stdout: Any) -> None:
+def test_raw_data_is_unchanged_and_its_pings_are_not_counted(launch: Launch, stdin: Any, stdout: Any) -> None:
     client = launch("--raw", stdin=stdin, stdout=stdout)
     client.type(b"\4")  # Ctrl-D
     data = b"ping" * 1000 + bytes(range(256)) + b"ping" * 1000 + b"pi"
@@ -308,7 +308,7 @@ def test_raw_is_untouched_and_counts_nothing(launch: Launch, stdin: Any, stdout:
     assert client.shown() == data
 
 
-def test_an_input_that_cannot_be_read_is_said(launch: Launch) -> None:
+def test_an_input_that_cannot_be_read_is_reported(launch: Launch) -> None:
     with open(os.devnull, "wb") as write_only:
         client = launch(stdin=write_only)
     assert client.answer(b"ping") == b""
@@ -316,7 +316,7 @@ def test_an_input_that_cannot_be_read_is_said(launch: Launch) -> None:
     assert client.line() == f"{reason}; sent 0 messages, 0 bytes; received 1 ping"
 
 
-def test_an_input_that_another_program_has_read_is_waited_for(launch: Launch) -> None:
+def test_waits_for_more_input_after_another_program_has_read_some(launch: Launch) -> None:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     steal = "read = os.read; os.read = lambda *how: (setattr(os, 'read', read), read(*how), read(*how))[-1]"
@@ -337,7 +337,7 @@ def test_a_closed_output_is_no_failure(launch: Launch) -> None:
     assert client.line(0) == "sent 1 message, 2 bytes; received 1 ping, 5 other bytes"
 
 
-def test_a_reader_that_leaves_is_said(start: Start, launch: Launch) -> None:
+def test_a_broken_output_is_reported(start: Start, launch: Launch) -> None:
     server, (reader, writer) = start("--connections", "1"), os.pipe()
     client = launch("--raw", "message", port=server.port, stdout=writer)
     os.close(writer)
@@ -347,11 +347,11 @@ def test_a_reader_that_leaves_is_said(start: Start, launch: Launch) -> None:
     server.messages("^message$")
 
 
-def test_a_full_output_is_said(launch: Launch) -> None:
+def test_a_full_device_is_reported(launch: Launch) -> None:
     with open("/dev/full", "wb") as output:
-        client = launch(stdin=PIPE, stdout=output, before=IMPATIENT)
+        client = launch(stdin=PIPE, stdout=output, before=SHORT_TIMEOUTS)
     client.server.sendall(b"hello")
-    assert read_all(client.server) == b""  # and the server need not close
+    assert read_all(client.server) == b""  # the client does not wait for the server's close
     assert client.line().startswith("standard output can no longer be written: No space left on device; sent")
 
 
@@ -367,8 +367,8 @@ def test_ctrl_c_that_also_ends_the_reader_is_no_failure(launch: Launch) -> None:
     assert client.line(0) == "sent 0 messages, 0 bytes; received 0 pings, 5 other bytes"
 
 
-def test_an_output_that_does_not_block_is_waited_for(launch: Launch) -> None:
-    """Whoever shares a pipe or a terminal may have made it so."""
+def test_waits_for_a_full_output_that_does_not_block(launch: Launch) -> None:
+    """Another process that shares the pipe may have set O_NONBLOCK."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     client = launch("--raw", "x", stdout=writer)
@@ -381,10 +381,10 @@ def test_an_output_that_does_not_block_is_waited_for(launch: Launch) -> None:
     assert client.shown() == b"x" * 1_000_000
 
 
-# ---------------------------------------------------------------- a person at a terminal; signals
+# ---------------------------------------------------------------- an interactive user; signals
 
 
-def test_a_dialogue(launch: Launch) -> None:
+def test_a_terminal_shows_prompts_answers_and_data(launch: Launch) -> None:
     client = launch(stdin=TTY, stdout=TTY, stderr=TTY)
     client.messages(r"\A> ")
     for number, text in (1, b"hello\n"), (2, b"caf\xc3\xa9\n"):
@@ -403,8 +403,8 @@ def test_a_dialogue(launch: Launch) -> None:
     assert client.screen.rows() == [*first, *second, summary]
 
 
-def test_what_is_being_typed_stays_on_the_screen(launch: Launch) -> None:
-    client = launch(stdin=TTY, stdout=TTY, stderr=TTY, before=IMPATIENT)
+def test_a_half_typed_line_stays_on_the_screen(launch: Launch) -> None:
+    client = launch(stdin=TTY, stdout=TTY, stderr=TTY, before=SHORT_TIMEOUTS)
     client.messages(r"\A> \Z")
     client.type(b"hel")
     client.messages(r"\A> hel\Z")
@@ -417,7 +417,7 @@ def test_what_is_being_typed_stays_on_the_screen(launch: Launch) -> None:
     client.ended(0)
 
 
-def test_pings_answer_a_line_at_once(launch: Launch) -> None:
+def test_pings_answer_a_line_immediately(launch: Launch) -> None:
     client = launch(stdin=TTY, stdout=TTY, before="client.SILENCE = 1000")
     client.type(b"hello\n")
     assert read_exactly(client.server, 6) == b"hello\n"
@@ -428,8 +428,8 @@ def test_pings_answer_a_line_at_once(launch: Launch) -> None:
     client.ended(0)
 
 
-def test_pings_are_not_counted_where_there_are_none(launch: Launch) -> None:
-    """A server that sends lines, but none for this one: a chat."""
+def test_no_count_is_shown_if_no_pings_have_arrived(launch: Launch) -> None:
+    """A chat server sends lines, but none in answer to this line."""
     client = launch(stdin=TTY, stdout=TTY)
     client.server.sendall(b"news\n")
     client.messages(r"^news\n> \Z")
@@ -440,7 +440,7 @@ def test_pings_are_not_counted_where_there_are_none(launch: Launch) -> None:
     client.ended(0)
 
 
-def test_an_echo_is_its_own_answer(start: Start, launch: Launch) -> None:
+def test_an_echo_answers_a_line(start: Start, launch: Launch) -> None:
     client = launch(port=start("--echo", "--wait-for", "1").port, stdin=TTY, stdout=TTY, stderr=TTY)
     for text in "one", "ping", "two":
         client.messages(r"^> \Z")
@@ -470,7 +470,7 @@ def test_a_paste_of_many_lines_stays_readable(start: Start, launch: Launch, mode
         assert rows == lines[1:]
 
 
-def test_ctrl_d_within_a_line_sends_what_is_there(launch: Launch) -> None:
+def test_ctrl_d_within_a_line_sends_the_typed_part(launch: Launch) -> None:
     client = launch(stdin=TTY, stdout=TTY, stderr=TTY)
     client.messages(r"\A> \Z")
     client.server.sendall(b"ping")
@@ -485,7 +485,7 @@ def test_ctrl_d_within_a_line_sends_what_is_there(launch: Launch) -> None:
     assert client.screen.rows() == ["> hello", "1 ping so far", "> bye", summary]
 
 
-def test_a_line_as_long_as_a_terminal_takes(launch: Launch) -> None:
+def test_the_longest_line_of_a_terminal_is_sent(launch: Launch) -> None:
     client = launch(stdin=TTY, stdout=TTY, stderr=TTY)
     client.messages(r"\A> \Z")
     line = b"x" * 4094 + b"\n"
@@ -511,10 +511,10 @@ def test_prompts_again_after_ctrl_z_and_fg(launch: Launch) -> None:
     client.ended(0)
 
 
-def test_a_terminal_that_hangs_up(launch: Launch) -> None:
+def test_a_hangup_of_the_terminal_ends_it(launch: Launch) -> None:
     master, slave = os.openpty()
-    takes = "os.open(os.ttyname(0), os.O_RDWR)"
-    client = launch(stdin=slave, stdout=slave, before=takes, start_new_session=True)
+    open_terminal = "os.open(os.ttyname(0), os.O_RDWR)"
+    client = launch(stdin=slave, stdout=slave, before=open_terminal, start_new_session=True)
     os.close(slave)
     os.write(master, b"hello\n")
     assert read_exactly(client.server, 6) == b"hello\n"
@@ -550,7 +550,7 @@ def test_rlwrap_edits_the_line(launch: Launch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("redirect", ["", "2>&-"])
 def test_the_prompt_goes_to_standard_error_or_nowhere(launch: Launch, redirect: str) -> None:
-    """Not to a redirected output; nor to the server, whose socket may have a closed one's number."""
+    """It goes neither to a redirected output nor to the server, whose socket must not get descriptor 2."""
     client = launch(stdin=TTY, redirect=redirect)
     client.type(b"hello\n\4")
     assert client.answer(b"pingshown\n") == b"hello\n"
@@ -558,7 +558,7 @@ def test_the_prompt_goes_to_standard_error_or_nowhere(launch: Launch, redirect: 
     assert client.shown() == b"shown\n"
 
 
-def test_a_signal_in_the_midst_of_pings_loses_none(start: Start, launch: Launch) -> None:
+def test_a_signal_during_a_flood_loses_no_ping(start: Start, launch: Launch) -> None:
     server = start("--connections", "3", "--wait-for", "1", "--quiet")
 
     def interrupt(number: int) -> str:
@@ -573,9 +573,9 @@ def test_a_signal_in_the_midst_of_pings_loses_none(start: Start, launch: Launch)
     assert sorted(lines) == sorted(f"sent 1 message, {sent}; received {pings}" for sent, pings in left)
 
 
-def test_ctrl_c_at_a_terminal(launch: Launch) -> None:
-    takes = "os.open(os.ttyname(0), os.O_RDWR)"  # makes it the controlling terminal: tty_ioctl(4)
-    client = launch(stdin=TTY, stdout=TTY, before=takes, start_new_session=True)
+def test_ctrl_c_at_a_terminal_ends_it(launch: Launch) -> None:
+    open_terminal = "os.open(os.ttyname(0), os.O_RDWR)"  # makes it the controlling terminal: tty_ioctl(4)
+    client = launch(stdin=TTY, stdout=TTY, before=open_terminal, start_new_session=True)
     client.type(b"hello\n")
     assert read_exactly(client.server, 6) == b"hello\n"
     client.type(b"\3")
@@ -584,20 +584,20 @@ def test_ctrl_c_at_a_terminal(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_signals_end_it_though_the_server_does_not(launch: Launch, signals: int) -> None:
-    """At the first one it leaves politely, where that takes no more than a moment; at the second at once."""
-    client = launch(stdin=PIPE, before=IMPATIENT if signals == 1 else "client.GRACE = 1000")
+def test_signals_end_it_without_the_end_of_file_of_the_server(launch: Launch, signals: int) -> None:
+    """The first signal gives it GRACE seconds to close gracefully, the second one SHORT_GRACE."""
+    client = launch(stdin=PIPE, before=SHORT_TIMEOUTS if signals == 1 else "client.GRACE = 1000")
     client.type(b"x")
     assert client.server.recv(1) == b"x"
     for _ in range(signals):
         client.process.send_signal(signal.SIGINT)
         assert client.server.recv(1) == b""
     assert (client.process.wait(DEADLINE) == 0) is (signals == 1)
-    assert re.match(r"(?!Traceback).*\n?\Z", re.sub(WAITING, "", client.err.rest()))
+    assert re.match(r"(?!Traceback).*\n?\Z", re.sub(NOTICE, "", client.err.rest()))
 
 
-def test_a_signal_that_is_sent_twice_is_one_signal(launch: Launch) -> None:
-    """timeout(1) does so; the second one may arrive while the first one is handled."""
+def test_a_signal_that_is_sent_twice_ends_it_gracefully(launch: Launch) -> None:
+    """timeout(1) sends its signal twice; the second one may arrive while the first one is handled."""
     client = launch(stdin=PIPE)
     client.type(b"x\n")
     assert read_exactly(client.server, 2) == b"x\n"
@@ -607,9 +607,9 @@ def test_a_signal_that_is_sent_twice_is_one_signal(launch: Launch) -> None:
     assert client.line(0) == "sent 1 message, 2 bytes; received 1 ping"
 
 
-def test_what_a_signal_leaves_unsent_is_said(launch: Launch) -> None:
+def test_unsent_data_after_a_signal_is_reported(launch: Launch) -> None:
     with open("/dev/zero", "rb") as endless:
-        client = launch(stdin=endless, before=IMPATIENT)
+        client = launch(stdin=endless, before=SHORT_TIMEOUTS)
     client.settled()  # the sockets are full
     client.process.send_signal(signal.SIGTERM)
     assert re.match(
@@ -617,7 +617,7 @@ def test_what_a_signal_leaves_unsent_is_said(launch: Launch) -> None:
     )
 
 
-def test_a_signal_is_not_answered_like_a_line(launch: Launch) -> None:
+def test_no_count_is_shown_after_a_signal(launch: Launch) -> None:
     client = launch(stdin=TTY, before="client.SILENCE = 1000")
     client.type(b"hello\n")
     assert read_exactly(client.server, 6) == b"hello\n"
@@ -639,7 +639,7 @@ def test_a_signal_that_is_ignored_stays_ignored(launch: Launch, number: int) -> 
 
 
 def unread(kind: str, path: Path) -> tuple[int, int]:
-    """Return two descriptors: one of an output that nobody reads, and the one that keeps it open."""
+    """Return two descriptors: an output that no program reads, and the other end, which keeps it open."""
     if kind == "fifo":
         os.mkfifo(path)
         reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -664,8 +664,8 @@ UNREAD = (
 )
 
 
-def test_a_signal_ends_it_though_nobody_reads_its_output(launch: Launch, tmp_path: Path) -> None:
-    """All cases at the same time, because each one takes GRACE seconds."""
+def test_a_signal_ends_it_while_its_output_is_stalled(launch: Launch, tmp_path: Path) -> None:
+    """Run all cases at the same time, because each one open_terminal GRACE seconds."""
 
     def check(case: tuple[tuple[str, str], int]) -> None:
         (kind, before), number = case
@@ -685,7 +685,7 @@ def test_a_signal_ends_it_though_nobody_reads_its_output(launch: Launch, tmp_pat
     at_once(check, product(UNREAD, SIGNALS))
 
 
-def test_a_signal_ends_it_though_nobody_reads_its_standard_error(launch: Launch) -> None:
+def test_a_signal_ends_it_while_its_standard_error_is_stalled(launch: Launch) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with suppress(BlockingIOError):
@@ -695,7 +695,7 @@ def test_a_signal_ends_it_though_nobody_reads_its_standard_error(launch: Launch)
     client = launch("x", stderr=writer, before="client.GRACE = 0.1")
     os.close(writer)
     assert client.answer(b"ping") == b"x\n"
-    client.settled()  # the summary has no room
+    client.settled()  # the summary does not fit
     client.process.send_signal(signal.SIGTERM)
     assert client.process.wait(DEADLINE) == 0
     os.close(reader)
@@ -710,7 +710,7 @@ RESOLVES = (
 def test_a_signal_ends_it_before_it_is_connected(launch: Launch, before: str) -> None:
     with ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(4):  # so many that the kernel answers no more connect
+        for _ in range(4):  # enough to fill the backlog, so the kernel answers no further connect
             sock = stack.enter_context(socket.socket())
             sock.setblocking(False)
             sock.connect_ex(full.getsockname())
@@ -725,11 +725,11 @@ def test_a_signal_ends_it_before_it_is_connected(launch: Launch, before: str) ->
         at_once(check, SIGNALS)
 
 
-# ---------------------------------------------------------------- no server, or none any more, or none yet
+# ---------------------------------------------------------------- a server that is missing, ends or waits
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid", "x" * 64, "\u00e9" * 64])
-def test_no_server(launch: Launch, host: str) -> None:
+def test_a_failed_connect_is_reported_in_one_line(launch: Launch, host: str) -> None:
     with socket.socket() as bound:  # but does not listen
         bound.bind(("127.0.0.1", 0))
         port, locale = bound.getsockname()[1], {**os.environ, "LC_ALL": "C.UTF-8"}
@@ -738,7 +738,7 @@ def test_no_server(launch: Launch, host: str) -> None:
     assert ("is the server running?" in line) is (host == "127.0.0.1")
 
 
-def test_help() -> None:
+def test_help_shows_the_defaults_and_the_exit_status() -> None:
     text = subprocess.run([sys.executable, CLIENT, "--help"], stdout=PIPE, text=True, timeout=DEADLINE).stdout
     for part in (
         "(default: 127.0.0.1)",
@@ -768,9 +768,9 @@ LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE"
         (f"{LIMIT}, (2000, 2000)); [os.dup(0) for _ in range(1100)]", "select"),
     ],
 )
-def test_what_makes_it_give_up_is_said_in_one_line(launch: Launch, before: str, reason: str) -> None:
+def test_a_lack_of_resources_is_reported_in_one_line(launch: Launch, before: str, reason: str) -> None:
     client = launch("x", before=before)
-    with suppress(OSError):  # some have ended by now
+    with suppress(OSError):  # some clients have ended
         client.server.sendall(b"ping")
     assert re.match(f"cannot continue: .*{reason}", client.line())
 
@@ -786,67 +786,69 @@ def test_an_error_of_standard_error_is_no_failure(launch: Launch, stdin: Any) ->
 
 
 @pytest.mark.parametrize("usage", ["--port=0", "--port=65536", "--port=http", "--what", "--host="])
-def test_wrong_usage(launch: Launch, usage: str) -> None:
+def test_wrong_usage_ends_it_with_status_2(launch: Launch, usage: str) -> None:
     assert launch(usage, port=1).ended(2).startswith("usage: ")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "localhost"])
-def test_another_host(launch: Launch, host: str) -> None:
+def test_connects_to_another_host(launch: Launch, host: str) -> None:
     client = launch("--host", host, "hello", host=host)
     assert client.answer(b"") == b"hello\n"
     client.ended(0)
 
 
-@pytest.mark.parametrize("die", [reset, half_close])
+@pytest.mark.parametrize("end", [reset, half_close])
 @pytest.mark.parametrize("source", ["idle", "/dev/zero"])
-def test_a_server_that_dies(launch: Launch, source: str, die: Callable[[socket.socket], None]) -> None:
+def test_an_early_end_of_the_server_is_reported(
+    launch: Launch, source: str, end: Callable[[socket.socket], None]
+) -> None:
     with open("/dev/zero", "rb") as endless:
         client = launch(stdin=PIPE if source == "idle" else endless)
     client.server.sendall(b"pingshown\n")
     client.messages("^shown$")
-    die(client.server)
+    end(client.server)
     assert re.search("connection|conversation", client.line())
 
 
-def test_a_server_that_dies_when_all_is_said(launch: Launch) -> None:
+def test_a_reset_after_the_last_message_is_reported(launch: Launch) -> None:
     client = launch("hello")
     assert read_all(client.server) == b"hello\n"
     reset(client.server)
     assert "connection" in client.line()
 
 
-def test_says_once_that_it_waits(start: Start, launch: Launch) -> None:
+def test_a_silent_server_is_reported_once(start: Start, launch: Launch) -> None:
     server = start()
-    first = launch("early", port=server.port, before=IMPATIENT)
-    first.err.wait_for(WAITING)
+    first = launch("early", port=server.port, before=SHORT_TIMEOUTS)
+    first.err.wait_for(NOTICE)
     first.settled()
     launch("second", port=server.port).ended(0)
     first.ended(0)
-    assert re.match(rf"{WAITING}sent.*\n\Z", first.err.text)
+    assert re.match(rf"{NOTICE}sent.*\n\Z", first.err.text)
     server.messages("^early$")
 
 
 @pytest.mark.parametrize("stdin", [PIPE, TTY])
-def test_says_that_it_waits_with_the_answer_to_a_line(launch: Launch, stdin: Any) -> None:
-    client = launch(stdin=stdin, before=IMPATIENT)
+def test_a_silent_server_is_reported_after_a_typed_line(launch: Launch, stdin: Any) -> None:
+    client = launch(stdin=stdin, before=SHORT_TIMEOUTS)
     client.settled()
-    assert "nothing" not in client.err.text, "an echo is silent, too"
+    assert "nothing" not in client.err.text, "an echo is also silent"
     client.type(b"hello\n")
-    client.err.wait_for(WAITING)
+    client.err.wait_for(NOTICE)
     client.type(b"again\n")
     if stdin is TTY:
-        client.err.wait_for(rf"> 0 pings so far\n{WAITING}> 0 pings so far\n> \Z")
+        client.err.wait_for(rf"> 0 pings so far\n{NOTICE}> 0 pings so far\n> \Z")
     client.settled()
     client.type(b"\4" if stdin is TTY else b"", last=True)
     client.answer(b"")
     assert client.process.wait(DEADLINE) == 0
-    assert len(re.findall(WAITING, client.err.rest())) == 1
+    assert len(re.findall(NOTICE, client.err.rest())) == 1
 
 
-def test_says_nothing_of_waiting_once_the_server_has_served(launch: Launch) -> None:
+def test_no_silence_is_reported_after_data_from_the_server(launch: Launch) -> None:
     def check(case: tuple[Any, bytes]) -> None:
         stdin, data = case
-        client = launch(stdin=stdin, before=IMPATIENT)
+        client = launch(stdin=stdin, before=SHORT_TIMEOUTS)
         client.server.sendall(data)
         client.settled()
         client.type(b"hello\n")
@@ -883,7 +885,7 @@ WINDOWS = (
 
 
 @pytest.mark.parametrize("system", ["pass", MACOS, WINDOWS], ids=["linux", "macos", "windows"])
-def test_connect_gives_a_plain_socket(system: str) -> None:
+def test_connect_returns_a_plain_socket(system: str) -> None:
     look = "print(type(sock), sock.gettimeout(), client.connect.__defaults__); sock.sendall(b'hi')"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -901,7 +903,7 @@ def test_connect_gives_a_plain_socket(system: str) -> None:
 
 
 @pytest.mark.parametrize("stdin", [TTY, PIPE], ids=["terminal", "pipe"])
-def test_runs_without_what_only_linux_has(launch: Launch, stdin: Any) -> None:
+def test_runs_without_functions_that_only_linux_has(launch: Launch, stdin: Any) -> None:
     client = launch(stdin=stdin, before=MACOS)
     client.type(b"hello\n\4" if stdin is TTY else b"hello\n", last=True)
     assert client.answer(b"pingping\nshown\n") == b"hello\n"
