@@ -1,4 +1,4 @@
-"""Samples of the fault injection and of the many connections.  The injection finds a bad server's faults."""
+"""Tests of the fault injection and of many connections, with samples.  The injection finds real faults."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from conftest import ROOT
 
 SKIPPED = 77  # exit status: strace is missing, or may not trace
 
-# Without a fault this echo server does everything right.  A failed read is a traceback; after a failed
-# send it goes on with what it reads next.
+# This echo server works as long as no call fails.  A failed read ends it with a traceback; after a failed
+# send, it continues with the next data.
 BAD_SERVER = """
 import os, select, signal, socket, sys
 
@@ -74,10 +74,10 @@ def test_a_sample_of_faults_does_no_harm() -> None:
     ("case", "wrong"),
     [
         ("echo:recvfrom:error=EIO:when=1", "its log shows an exception"),
-        # Which of the two clients the third send is for depends on how the echo is cut.
+        # The third send can be for either client, because the chunks of the echo vary.
         ("echo:sendto:error=ENOBUFS:when=3", r"client \w(, after \d+ bytes: .* instead of | sent .* stuck)"),
     ],
-    ids=["traceback", "hole"],
+    ids=["traceback", "gap"],
 )
 def test_finds_the_faults_of_a_bad_server(case: str, wrong: str, tmp_path: Path) -> None:
     bad = tmp_path / "bad_server.py"
@@ -98,7 +98,7 @@ def test_accepts_a_bad_server_without_a_fault(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "inject: 1 cases, 1 not reached, 0 failures\n")
 
 
-def test_says_why_it_cannot_inject(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reports_why_it_cannot_inject(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     command = [sys.executable, str(ROOT / "tests" / "inject.py"), "--sample", "1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -118,7 +118,7 @@ def test_holds_many_connections() -> None:
     assert (peak - before, after) == (1000, before)
 
 
-def test_names_the_limit_that_is_too_low() -> None:
+def test_reports_the_limit_that_is_too_low() -> None:
     result = run("many.py", "--connections", "9000000", "--copies", "1")
     assert result.returncode == 1
     assert re.fullmatch(
