@@ -1,4 +1,4 @@
-"""What the server prints of the bytes that a client sends."""
+"""Tests of the messages that the server prints for the bytes of a client."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def shown(*chunks: bytes) -> list[str]:
         ("hi\ndata received... (client 2)\nforged", "hi\n  data received... (client 2)\n  forged"),
     ],
 )
-def test_text_is_shown_and_what_could_mislead_is_escaped(sent: str, expected: str) -> None:
+def test_text_is_shown_and_misleading_characters_are_escaped(sent: str, expected: str) -> None:
     assert shown(sent.encode()) == [expected]
 
 
@@ -79,12 +79,12 @@ def test_a_split_character_after_a_carriage_return_is_joined() -> None:
         ([b"", b""], []),
     ],
 )
-def test_what_two_reads_have_cut_is_joined(chunks: list[bytes], expected: list[str]) -> None:
+def test_a_character_split_across_two_reads_is_joined(chunks: list[bytes], expected: list[str]) -> None:
     assert shown(*chunks) == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_where_the_chunks_are_cut_changes_nothing(seed: int) -> None:
+def test_the_ends_of_chunks_do_not_change_the_text(seed: int) -> None:
     numbers = random.Random(seed)
     parts = [b"a", b"\r", "п".encode(), "€".encode(), "\U0001f600".encode(), b"\xff", b"\xe2\x82"]
     for _ in range(300):
@@ -96,7 +96,7 @@ def test_where_the_chunks_are_cut_changes_nothing(seed: int) -> None:
 
 def test_every_character_is_shown_or_escaped_by_its_category() -> None:
     codes = [*range(0x20000), *range(0x20000, 0xE0000, 101), *range(0xE0000, 0xE2000)]
-    codes += range(0xE2000, sys.maxunicode + 1, 101)  # no test of all that is unassigned or private
+    codes += range(0xE2000, sys.maxunicode + 1, 101)  # a sample: most of these are unassigned or private
     expected = []
     for character in map(chr, codes):
         code, category = ord(character), unicodedata.category(character)
@@ -108,7 +108,7 @@ def test_every_character_is_shown_or_escaped_by_its_category() -> None:
     assert escape("".join(map(chr, codes))) == "".join(expected)
 
 
-def test_a_line_that_looks_like_a_header_is_one() -> None:
+def test_only_a_header_looks_like_a_header() -> None:
     numbers = random.Random(7)
     words = [
         b"data received...",
@@ -144,7 +144,7 @@ def test_chunks_of_real_clients_are_joined(start: Start) -> None:
         client = server.seat()
         for chunk in chunks:
             client.sendall(chunk)
-            server.settled()  # so that each is a read of its own
+            server.settled()  # so that each chunk is read on its own
         server.messages(expected)
 
 
