@@ -1,4 +1,4 @@
-"""The options: seats, an echo, a heartbeat, the trace; and the command line."""
+"""Tests of the options (seats, echo, heartbeat, trace) and of the command line."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def reset(client: socket.socket) -> None:
 
 
 def limited(soft: int, hard: int) -> Callable[[], None]:
-    """What a process is to do before it starts, to have these limits on open files."""
+    """Return a function that sets these limits on open files."""
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # ---------------------------------------------------------------- seats
 
 
-def test_serving_begins_with_the_number_of_clients_to_wait_for(start: Start) -> None:
+def test_serving_starts_when_enough_clients_are_connected(start: Start) -> None:
     server = start("--connections", "5", "--wait-for", "3")
     assert server.err.text.startswith(f"listening on 127.0.0.1:{server.port}, waiting for 3 clients\n")
     clients = [server.seat(), server.seat()]
@@ -59,7 +59,7 @@ def test_serving_begins_with_the_number_of_clients_to_wait_for(start: Start) -> 
     assert read_exactly(sixth, 4) == b"ping"
 
 
-def test_one_client_to_wait_for(start: Start) -> None:
+def test_serving_starts_with_one_client(start: Start) -> None:
     server = start("--wait-for", "1")
     assert "waiting for 1 client\n" in server.err.text
     assert read_exactly(server.seat(), 4) == b"ping"
@@ -80,7 +80,7 @@ def test_a_soft_limit_that_is_high_enough_is_kept(start: Start, limits: tuple[in
     assert re.search(rf"^Max open files +{limits[0]} +{limits[1]} ", text, re.M)
 
 
-def test_a_hard_limit_that_is_too_low_is_reported_and_nothing_spins(start: Start) -> None:
+def test_a_hard_limit_that_is_too_low_is_reported_and_does_not_spin(start: Start) -> None:
     server = start("--connections", "300", "--wait-for", "1", "--echo", preexec_fn=limited(20, 64))
     server.err.wait_for(r"^the seats need 316 open files, but the hard limit is 64 \(ulimit -Hn\)$")
     clients = [server.connect() for _ in range(70)]
@@ -92,7 +92,7 @@ def test_a_hard_limit_that_is_too_low_is_reported_and_nothing_spins(start: Start
         client.sendall(b"still here %d" % number)
         assert read_exactly(client, 11) == b"still here "
     clients[0].close()
-    server.err.wait_for(f"^client {seated + 1} connected")  # a seat was given back
+    server.err.wait_for(f"^client {seated + 1} connected")  # a seat is free again
     server.settled()
     assert server.err.text.count("not accepting") < 5
 
@@ -112,7 +112,7 @@ def test_connections_are_accepted_again_after_a_shortage(
     assert all(read_exactly(client, 4) == b"ping" for client in clients)
 
 
-def test_many_clients_cost_little(start: Start) -> None:
+def test_many_clients_need_little_memory(start: Start) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     many = min(10_000, hard - 200)
@@ -166,7 +166,7 @@ def test_copies_share_a_port(start: Start) -> None:
     def seated() -> list[int]:
         return [server.err.text.count(" connected from ") for server in (one, other)]
 
-    eventually(lambda: sum(seated()) == 60, "each is told of once")
+    eventually(lambda: sum(seated()) == 60, "each one is logged once")
     assert min(seated()) > 0, "the kernel spreads the clients"
 
 
@@ -174,21 +174,21 @@ def test_copies_share_a_port(start: Start) -> None:
 
 
 def exchange(client: socket.socket, data: bytes) -> bytes:
-    """Send the data, half-close, and read to the end, both at once."""
+    """Send the data and half-close; at the same time, read to the end of file."""
     client.setblocking(False)
-    left, back, said_all, ended = memoryview(data), [], False, False
+    left, back, half_closed, ended = memoryview(data), [], False, False
     end = time.monotonic() + DEADLINE
     while not ended and time.monotonic() < end:
         with suppress(BlockingIOError):
             while left:
                 left = left[client.send(left[:1_000_000]) :]
-            if not said_all:
+            if not half_closed:
                 client.shutdown(socket.SHUT_WR)
-                said_all = True
+                half_closed = True
         with suppress(BlockingIOError):
-            piece = client.recv(1 << 20)
-            back.append(piece)
-            ended = not piece
+            chunk = client.recv(1 << 20)
+            back.append(chunk)
+            ended = not chunk
     return b"".join(back)
 
 
@@ -229,29 +229,29 @@ def test_quiet_prints_no_message_but_counts(start: Start) -> None:
     assert server.out.rest() == ""
 
 
-def test_an_echo_that_is_not_read_stops_reading_and_costs_nothing(start: Start) -> None:
+def test_an_unread_echo_stops_reading_and_needs_no_memory(start: Start) -> None:
     server = start("--echo", "--quiet")
     lazy, other = server.seat(), server.seat()
     memory = server.status("VmRSS")
     lazy.setblocking(False)
     data, sent = DATA * 5, 0
-    for _ in range(3):  # send all that is taken
+    for _ in range(3):  # send as much as the kernel accepts
         with suppress(BlockingIOError):
             while sent < len(data):
                 sent += lazy.send(data[sent : sent + 1_000_000])
         server.settled()  # it does not spin
     assert sent < len(data), "it stops reading"
     assert server.status("VmRSS") - memory < 2_000, "kB"
-    other.sendall(b"nobody else notices")
-    assert read_exactly(other, 19) == b"nobody else notices"
+    other.sendall(b"hello")
+    assert read_exactly(other, 5) == b"hello"
     lazy.settimeout(DEADLINE)
     assert read_exactly(lazy, sent) == data[:sent]
-    assert exchange(lazy, b"and on it goes") == b"and on it goes"
+    assert exchange(lazy, b"hello") == b"hello"
 
 
 @pytest.mark.parametrize("size", [300_000, 10_000_000])
 def test_an_incomplete_echo_ends_with_a_reset(start: Start, size: int) -> None:
-    """An end of file would say that the client has everything."""
+    """An end of file would mean that the echo is complete."""
     server = start("--echo", "--quiet", "--wait-for", "1")
     lazy = server.seat(small=True)
     lazy.setblocking(False)
@@ -273,7 +273,7 @@ def test_an_incomplete_echo_ends_with_a_reset(start: Start, size: int) -> None:
     assert received < sent
 
 
-def test_an_echo_that_is_reset_with_bytes_unsent_neither_spins_nor_stays(start: Start) -> None:
+def test_a_reset_ends_an_echo_with_unsent_bytes(start: Start) -> None:
     server = start("--echo", "--quiet")
     lazy, _ = server.seat(), server.seat()
     lazy.setblocking(False)
@@ -319,21 +319,21 @@ def test_a_large_echo_does_not_delay_a_small_one(start: Start) -> None:
 
 
 @pytest.mark.parametrize("wait_for", ["1", "2"])
-def test_the_first_beat_is_when_serving_begins(start: Start, wait_for: str) -> None:
+def test_the_first_beat_is_sent_when_serving_starts(start: Start, wait_for: str) -> None:
     server = start("--every", "3600", "--wait-for", wait_for, "--connections", "3")
     clients = [server.seat() for _ in range(int(wait_for))]
     assert all(client.recv(100) == b"ping" for client in clients)
-    server.seat()  # it waits for the next beat
+    server.seat()  # this client waits for the next beat
     server.settled()
     assert re.search(rf"\nstopped: .*, {wait_for} pings? sent\n", server.stop())
 
 
-def test_one_ping_a_beat(start: Start) -> None:
+def test_each_beat_sends_one_ping(start: Start) -> None:
     server = start("--every", "0.05", "--connections", "3", "--wait-for", "2")
     one, two = server.seat(), server.seat()
     times = []
     for _ in range(13):
-        assert one.recv(100) == b"ping", "one ping a beat, and each in a segment of its own"
+        assert one.recv(100) == b"ping", "one ping per beat, each in its own segment"
         times.append(time.monotonic())
     assert is_pings(read_exactly(two, 4 * 13))
     assert (times[12] - times[0]) / 0.05 > 11.5, "never early"
@@ -350,7 +350,7 @@ def test_missed_beats_are_skipped_and_the_schedule_is_kept(start: Start) -> None
     client = server.seat()
     read_exactly(client, 4 * 4)
     server.process.send_signal(signal.SIGSTOP)
-    time.sleep(every * 5.5)  # it goes on between two beats
+    time.sleep(every * 5.5)  # it continues between two beats
     server.process.send_signal(signal.SIGCONT)
     read_exactly(client, 4 * 12)
     server.process.send_signal(signal.SIGTERM)
@@ -365,7 +365,7 @@ def test_missed_beats_are_skipped_and_the_schedule_is_kept(start: Start) -> None
     assert off[len(off) // 3] < every / 4, "the beats keep to the schedule of the first one"
 
 
-def test_an_output_that_is_drained_is_no_beat(start: Start, failing: Failing) -> None:
+def test_a_drained_output_does_not_cause_a_beat(start: Start, failing: Failing) -> None:
     program = failing.program("server.OUTPUT_LIMIT = 10_000")
     server = start("--every", "3600", "--wait-for", "1", program=program, paused=True)
     client = server.seat()
@@ -373,7 +373,7 @@ def test_an_output_that_is_drained_is_no_beat(start: Start, failing: Failing) ->
     server.settled()
     assert server.out is not None
     server.out.going.set()
-    eventually(lambda: server.out.data.count(b"x") == 200_000, "all of it is shown")  # type: ignore[union-attr]
+    eventually(lambda: server.out.data.count(b"x") == 200_000, "everything is shown")  # type: ignore[union-attr]
     assert server.stop().endswith(" 200,000 bytes received, 1 ping sent\n")
 
 
@@ -385,7 +385,7 @@ def test_a_client_at_its_end_of_file_gets_no_more_beats(start: Start) -> None:
     server.err.wait_for("^client 1 left: 0 bytes received, ")
 
 
-def test_a_heartbeat_that_is_not_read_stays_bounded(start: Start) -> None:
+def test_an_unread_heartbeat_stays_bounded(start: Start) -> None:
     server = start(
         "--every", "0.001", "--connections", "300", "--wait-for", "300", preexec_fn=limited(1024, 1024)
     )
@@ -409,7 +409,7 @@ def traced(server: Server) -> str:
     return re.sub(r"^ *\d+\.\d\d\d  ", "  ", text, flags=re.M)
 
 
-def test_the_trace_of_an_echo(start: Start) -> None:
+def test_the_trace_shows_an_echo(start: Start) -> None:
     server = start("--echo", "--trace", "--wait-for", "1")
     first = server.seat()
     server.settled()
@@ -428,7 +428,7 @@ def test_the_trace_of_an_echo(start: Start) -> None:
     server.err.wait_for("^client 2 left")
     server.settled()
     text = traced(server)
-    for expected in (  # a cause, and below it, indented, its effects
+    for expected in (  # a cause, then its effects, indented
         """
   epoll_wait: 1 ready after TIME
     listener: EPOLLIN
@@ -469,7 +469,7 @@ client 2 left: 0 bytes received, 0 bytes sent, 0 of 2 seats taken
     assert "standard" not in text, "the outputs are not traced"
 
 
-def test_the_trace_of_a_heartbeat_names_the_beat_and_the_clients_that_it_reached(start: Start) -> None:
+def test_the_trace_shows_each_beat_and_its_clients(start: Start) -> None:
     server = start("--every", "0.2", "--trace", "--wait-for", "2")
     clients = [server.seat(), server.seat()]
     assert all(read_exactly(client, 8) == b"pingping" for client in clients)
@@ -480,7 +480,7 @@ def test_the_trace_of_a_heartbeat_names_the_beat_and_the_clients_that_it_reached
         assert re.search(rf"\n +beat: resumed\n +beat {number}\n{reached}", text), text
 
 
-def test_the_trace_of_pings(start: Start) -> None:
+def test_the_trace_shows_pings(start: Start) -> None:
     server = start("--trace")
     clients = [server.seat(), server.seat()]
     assert is_pings(read_exactly(clients[0], 8))
@@ -506,7 +506,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
     return vars(non_block_io_server.arguments())
 
 
-def test_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_option_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed(monkeypatch) == {
         "host": "127.0.0.1",
         "port": 10001,
@@ -563,7 +563,7 @@ def test_each_bound_is_allowed(monkeypatch: pytest.MonkeyPatch, options: str) ->
         ("extra", "unrecognized arguments: extra"),
     ],
 )
-def test_wrong_usage(
+def test_wrong_usage_ends_with_one_error_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, message: str
 ) -> None:
     with pytest.raises(SystemExit) as exit:
@@ -575,7 +575,7 @@ def test_wrong_usage(
     assert shown.err.endswith(f"\nnon_block_io_server.py: error: {message}\n")
 
 
-def test_the_status_of_wrong_usage_and_of_help() -> None:
+def test_wrong_usage_has_status_2_and_help_status_0() -> None:
     command = [sys.executable, SERVER]
     result = subprocess.run([*command, "--port", "x"], capture_output=True, text=True, timeout=DEADLINE)
     assert (result.returncode, result.stdout) == (2, "")
