@@ -1,4 +1,4 @@
-"""A protocol of one's own, with `main(protocol=...)`; and the module on a system without epoll."""
+"""Tests of a custom protocol (`main(protocol=...)`), and of the module on a system without epoll."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_the_module_can_be_imported_on_any_system(what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["epoll", "modules"])
-def test_a_system_without_epoll_is_told_what_to_use(what: str) -> None:
+def test_a_system_without_epoll_gets_one_line_of_advice(what: str) -> None:
     script = f"{WITHOUT[what]}\nimport runpy; runpy.run_path({SERVER!r}, run_name='__main__')"
     result = run(script)
     assert (result.returncode, result.stdout) == (1, "")
