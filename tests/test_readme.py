@@ -1,9 +1,9 @@
-"""The README's examples, taken from it and typed into real terminals: what it shows is what happens.
+"""Tests of the README.  They type its examples into real terminals and compare the screens with it.
 
-A heading or a folded experiment begins a session.  A block of `console` is what the terminals show, one
-after another: a number at the left says which one a line belongs to, and lines without a number go on
-in the same one.  What stands after a prompt is typed, ^C, ^D, ^S and ^Q are keys; all other lines must
-appear, in this order, numbers aside.  A line of three dots stands for any number of lines.  A block of
+A heading or a folded experiment begins a session.  A block of `console` shows the lines of several
+terminals.  A number at the left is the number of the terminal; lines without a number belong to the
+same terminal.  The text after a prompt is typed; ^C, ^D, ^S and ^Q are keys.  All other lines must
+appear, in this order, but numbers may differ.  Three dots stand for any number of lines.  A block of
 `sh` below a line that names a terminal ("Terminal 3 ...") is pasted there; no other block of `sh` is run.
 """
 
@@ -36,7 +36,7 @@ KEYS = {"^C": "\x03", "^D": "\x04", "^Q": "\x11", "^S": "\x13"}
 
 
 class Block(NamedTuple):
-    """What one terminal shows for a while, or a text that is pasted there."""
+    """Consecutive lines of one terminal, or a text that is pasted there."""
 
     terminal: str
     lines: list[str]
@@ -62,7 +62,7 @@ def sessions() -> Iterator[tuple[str, list[Block]]]:
 
 
 def consoles(lines: list[str]) -> Iterator[Block]:
-    """Yield what each terminal shows.  Without numbers at the left, it is terminal 1."""
+    """Yield the blocks of all terminals.  Without numbers at the left, there is only terminal 1."""
     if not re.match(r"\d  ", lines[0]):
         yield Block("1", lines)
         return
@@ -72,9 +72,9 @@ def consoles(lines: list[str]) -> Iterator[Block]:
 
 
 def plain(text: str) -> str:
-    """Return the text as it is seen, without what differs from run to run.
+    """Return the visible text without the parts that differ from run to run.
 
-    These are numbers with their sign, the plural that follows, addresses, and the width that they take.
+    These are numbers with their sign, the plural that follows, addresses, and their width.
     """
     text = re.sub(r"[^\n]*\r(?!\n)", "", text.replace("\r\n", "\n"))  # overwritten
     text = re.sub(r"0x[0-9a-f]+|-?\d+(?:[.,]\d+)*", "#", text)
@@ -91,7 +91,7 @@ def end_session(leader: int) -> None:
 
 
 class Terminal:
-    """A shell in a terminal of its own."""
+    """A shell in its own terminal."""
 
     def __init__(self, folder: Path) -> None:
         self.screen = ""
@@ -111,13 +111,13 @@ class Terminal:
         self.expected: list[str] = []
 
     def watch(self) -> None:
-        """Collect what is shown."""
+        """Collect the output of the terminal."""
         with suppress(OSError):  # the shell has ended
             while True:
                 self.screen += os.read(self.descriptor, 65536).decode(errors="replace")
 
     def replay(self, block: Block) -> None:
-        """Type what the block types; check what it shows."""
+        """Type the commands and keys of a block; check all other lines."""
         found = None
         for line in block.lines:
             found = PROMPTS.match(line)
@@ -130,13 +130,13 @@ class Terminal:
                     continue
                 line = line.replace("^D", "")
             self.expected.append(line)
-        if block.pasted:  # HAProxy, which shows nothing
+        if block.pasted:  # HAProxy, which prints nothing
             eventually(listens, "a program listens on port 10001")
-        else:  # A command that shows nothing has done its work when the prompt is back.
+        else:  # A command that prints nothing has ended when the prompt appears.
             self.await_screen(self.expected, found[0] if found else "")
 
     def await_screen(self, expected: list[str], prompt: str = "") -> None:
-        """Wait until the screen shows just these lines, and perhaps a prompt."""
+        """Wait until the screen shows exactly these lines, and perhaps a prompt."""
         parts = [r"(?:.*\n)*?" if line == "..." else re.escape(plain(f"{line}\n")) for line in expected]
         ending = re.escape(plain(prompt)) if prompt else r"(?:(?:\$|>>>|>) )?"
         pattern = re.compile("".join(parts) + ending)
@@ -160,7 +160,7 @@ class Terminal:
 
 
 def listens() -> bool:
-    """Return whether a program listens on port 10001.  A connection, to see it, would be a client."""
+    """Return whether a program listens on port 10001.  A test connection would count as a client."""
     return f":{10001:04X} 00000000:0000 0A " in Path("/proc/net/tcp").read_text()
 
 
@@ -177,7 +177,7 @@ def missing(blocks: list[Block]) -> list[str]:
 
 
 @pytest.mark.parametrize(("title", "blocks"), [pytest.param(*each, id=each[0]) for each in sessions()])
-def test_what_it_shows_is_what_happens(
+def test_each_session_runs_as_it_is_shown(
     title: str, blocks: list[Block], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     absent = missing(blocks)
@@ -204,7 +204,7 @@ def code(pattern: str, language: str = "python") -> str:
     return str(found)
 
 
-def test_the_fixture_serves_a_test(tmp_path: Path) -> None:
+def test_the_fixture_works(tmp_path: Path) -> None:
     text = code("pytest.fixture")
     (tmp_path / "test_right.py").write_text(text)
     (tmp_path / "test_wrong.py").write_text(text.replace('== b"hello"', '== b"wrong"'))
@@ -224,7 +224,7 @@ def test_the_fixture_serves_a_test(tmp_path: Path) -> None:
 
 @pytest.fixture
 def chat(start: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]:
-    """Starts the chat server."""
+    """Return a function that starts the chat server."""
     program = tmp_path / "chat.py"
     program.write_text(code("def chat"))
 
@@ -235,7 +235,7 @@ def chat(start: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]:
     return start_chat
 
 
-def test_the_chat_passes_messages_to_the_others(chat: Callable[..., Server]) -> None:
+def test_the_chat_sends_messages_to_the_others(chat: Callable[..., Server]) -> None:
     server = chat("--connections", "4", "--wait-for", "3")
     clients = [server.seat() for _ in range(3)]
     for number, client in enumerate(clients):
@@ -253,12 +253,12 @@ def test_the_chat_passes_messages_to_the_others(chat: Callable[..., Server]) -> 
     server.stop()
 
 
-@pytest.mark.parametrize("dies", [False, True], ids=["it reads in the end", "it dies"])
-def test_the_chat_waits_for_a_slow_reader(chat: Callable[..., Server], dies: bool) -> None:
+@pytest.mark.parametrize("disconnects", [False, True], ids=["it reads", "it disconnects"])
+def test_the_chat_waits_for_a_slow_reader(chat: Callable[..., Server], disconnects: bool) -> None:
     server = chat("--connections", "3", "--quiet")
     sender, slow = server.seat(), server.seat()
     quick = server.seat()
-    data = os.urandom(1 << 16) * 512  # 32 MiB, more than the kernel takes
+    data = os.urandom(1 << 16) * 512  # 32 MiB, more than the kernel accepts
     before = server.status("VmHWM")
     received: list[bytes] = []
     threads = [
@@ -270,7 +270,7 @@ def test_the_chat_waits_for_a_slow_reader(chat: Callable[..., Server], dies: boo
     server.settled()  # it does not spin
     assert threads[0].is_alive(), "everything was sent, although a client reads nothing"
     assert server.status("VmHWM") < before + (8 << 10)  # kB
-    if dies:
+    if disconnects:
         slow.close()  # with unread data: a reset
         server.err.wait_for(r"^client 2 was reset: ")
     else:
@@ -305,7 +305,7 @@ def test_it_shows_the_lectures_script() -> None:
     assert lines(code("conn_map")) == lines(original)
 
 
-def test_its_table_of_faults_is_complete_and_names_what_exists() -> None:
+def test_its_table_of_faults_is_complete_and_its_names_exist() -> None:
     rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", README, re.M)
     assert [name for name, _ in rows] == list(faults.FAULTS)
     answers = " ".join(answer for _, answer in rows)
@@ -317,7 +317,7 @@ def test_its_table_of_faults_is_complete_and_names_what_exists() -> None:
             found = getattr(found, part)
 
 
-def test_it_names_only_what_the_server_has() -> None:
+def test_its_names_of_the_server_exist() -> None:
     functions = re.findall(r"`((?:Loop|Client|Server|Output|MessageFormatter)\.\w+)`", README)
     assert functions
     for name in functions:
@@ -340,7 +340,7 @@ def test_it_lists_all_options() -> None:
     assert code("docker", "sh").strip() in non_block_io_server.NO_EPOLL
 
 
-def test_its_links_lead_somewhere() -> None:
+def test_its_links_have_targets() -> None:
     headings = re.findall(r"^##+ (.+)$", README, re.M)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
     links = re.findall(r"\]\(([^)\s]+)\)", README)
