@@ -1,4 +1,4 @@
-"""System calls that fail, and resources that run out: memory, descriptors, epoll's watches."""
+"""Tests of failed system calls and of a lack of resources: memory, descriptors, epoll's watches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def arrive(server: Server, client: socket.socket, data: bytes) -> None:
 
 
 def ending(client: socket.socket) -> tuple[bytes, bool]:
-    """Read to the end; return the data, and whether the end was a reset."""
+    """Read to the end of the stream; return the data, and whether it ended with a reset."""
     data = b""
     while True:
         try:
@@ -78,25 +78,25 @@ def test_a_failed_send_ends_that_connection_with_a_reset(
 ) -> None:
     program = failing.program("server.READ_SIZE = 1000")
     server = start(*options, program=program)
-    victim, other = server.seat(), server.seat()
+    failing_client, other = server.seat(), server.seat()
     data = (b"x" * 99 + b"\n") * 100
     send = "write" if options else "sendfile"
     seats = 2
     for number in (errno.ENOBUFS, errno.ENOMEM, errno.EIO, errno.EACCES):
         if not options:
-            assert is_pings(read_exactly(victim, 4_000_000))
+            assert is_pings(read_exactly(failing_client, 4_000_000))
         failing.stop()
         server.process.send_signal(signal.SIGSTOP)
-        victim.settimeout(0.05)
+        failing_client.settimeout(0.05)
         read = 0  # bytes
-        with suppress(socket.timeout):  # so that there is space for the next send
+        with suppress(socket.timeout):  # now there is space for the next send
             while True:
-                read += len(victim.recv(1 << 20))
-        victim.settimeout(DEADLINE)
-        arrive(server, victim, data)
-        failing.fail(send, number, f"client {port_of(victim)}")
+                read += len(failing_client.recv(1 << 20))
+        failing_client.settimeout(DEADLINE)
+        arrive(server, failing_client, data)
+        failing.fail(send, number, f"client {port_of(failing_client)}")
         server.process.send_signal(signal.SIGCONT)
-        received, was_reset = ending(victim)
+        received, was_reset = ending(failing_client)
         assert was_reset, "the client can see that the stream is incomplete"
         if options:
             assert received in (b"", b"ping")
@@ -106,7 +106,7 @@ def test_a_failed_send_ends_that_connection_with_a_reset(
             rf"^client \d+ was lost \({os.strerror(number)}\): 10,000 bytes received, .* 1 of 2 seats taken$"
         )
         seats += 1
-        victim = server.seat()
+        failing_client = server.seat()
         server.err.wait_for(f"^client {seats} connected from .* 2 of 2 seats taken$")
         if options == ["--echo"]:
             other.sendall(b"hello")
@@ -116,11 +116,11 @@ def test_a_failed_send_ends_that_connection_with_a_reset(
     assert failing.count() == 4
     server.stop()
     assert server.out is not None
-    assert server.out.rest().count("x") == 4 * 9_900, "what had arrived is shown"
+    assert server.out.rest().count("x") == 4 * 9_900, "all data that had arrived is shown"
 
 
 def exchange(client: socket.socket, data: bytes) -> tuple[bytes, bool]:
-    """Send data and read to the end at once; return what was read, and whether either saw a reset."""
+    """Send data and read to the end at the same time; return the data, and whether there was a reset."""
 
     def send() -> bool:
         try:
@@ -135,7 +135,7 @@ def exchange(client: socket.socket, data: bytes) -> tuple[bytes, bool]:
         return received, sending.result() or was_reset
 
 
-def test_an_echo_never_has_a_hole(start: Start, failing: Failing) -> None:
+def test_an_echo_never_has_a_gap(start: Start, failing: Failing) -> None:
     server = start("--echo", "--wait-for", "1", "--quiet", program=failing.program())
     client = server.seat(small=True)
     data = b"".join(b"%07d\n" % number for number in range(100_000))
@@ -149,10 +149,10 @@ def test_an_echo_never_has_a_hole(start: Start, failing: Failing) -> None:
 
 def test_a_failed_read_ends_that_connection_only(start: Start, failing: Failing) -> None:
     server = start("--echo", program=failing.program())
-    victim, other = server.seat(), server.seat()
-    failing.fail("read", errno.EIO, f"client {port_of(victim)}")
-    victim.sendall(b"hello")
-    assert ending(victim) == (b"", True)
+    failing_client, other = server.seat(), server.seat()
+    failing.fail("read", errno.EIO, f"client {port_of(failing_client)}")
+    failing_client.sendall(b"hello")
+    assert ending(failing_client) == (b"", True)
     server.err.wait_for(r"^client 1 was lost \(Input/output error\): 5 bytes received, ")
     server.messages("^hello$")
     other.sendall(b"hello")
@@ -192,7 +192,7 @@ def test_bytes_that_arrived_before_a_reset_wait_for_standard_output(
 # ---------------------------------------------------------------- accept fails
 
 
-def test_accept_that_fails_is_reported_once_and_tried_again(start: Start, failing: Failing) -> None:
+def test_a_failed_accept_is_reported_once_and_tried_again(start: Start, failing: Failing) -> None:
     server = start(
         "--wait-for", "1", "--connections", "20", program=failing.program("server.RETRY_DELAY = 0.01")
     )
@@ -214,7 +214,7 @@ def test_accept_that_fails_is_reported_once_and_tried_again(start: Start, failin
     assert len(re.findall(r"^client \d+ connected", text, re.M)) == len(numbers) + 1
 
 
-def test_accept_that_fails_does_not_spin(start: Start, failing: Failing) -> None:
+def test_a_failed_accept_does_not_spin(start: Start, failing: Failing) -> None:
     server = start("--wait-for", "1", program=failing.program())
     failing.fail("accept", errno.EPERM, times=1000)
     server.connect()
@@ -224,7 +224,7 @@ def test_accept_that_fails_does_not_spin(start: Start, failing: Failing) -> None
     server.stop()
 
 
-def test_a_network_error_of_accept_is_no_reason_to_pause(start: Start, failing: Failing) -> None:
+def test_a_network_error_of_accept_causes_no_pause(start: Start, failing: Failing) -> None:
     server = start("--wait-for", "1", "--connections", "20", program=failing.program())
     names = (
         "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH EOPNOTSUPP ENETUNREACH"
@@ -258,9 +258,9 @@ def forbid_accept() -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def test_a_seccomp_filter_that_forbids_accept(start: Start) -> None:
+def test_a_seccomp_filter_that_forbids_accept_is_reported_once(start: Start) -> None:
     if platform.machine() not in CALLS:
-        pytest.skip("the numbers of the system calls are not known here")
+        pytest.skip("the numbers of this machine's system calls are not known")
     try:
         server = start(preexec_fn=forbid_accept)
     except subprocess.SubprocessError:
@@ -271,7 +271,7 @@ def test_a_seccomp_filter_that_forbids_accept(start: Start) -> None:
     assert server.stop().count("not accepting") == 1
 
 
-def test_too_few_descriptors_for_any_client(start: Start) -> None:
+def test_a_limit_that_is_too_low_for_any_client_is_reported(start: Start) -> None:
     server = start()
     subprocess.run(
         ["prlimit", f"--nofile={server.descriptors()}:", "--pid", str(server.process.pid)], check=True
@@ -283,7 +283,7 @@ def test_too_few_descriptors_for_any_client(start: Start) -> None:
     server.settled()
 
 
-def test_a_shortage_with_clients_connected_does_not_blame_the_limit(start: Start) -> None:
+def test_a_shortage_with_connected_clients_does_not_report_the_limit(start: Start) -> None:
     server = start()
     server.seat()
     subprocess.run(
@@ -345,7 +345,7 @@ def test_a_listener_that_epoll_cannot_watch_tries_again(start: Start, failing: F
     assert read_exactly(first, 4) == b"ping"
     failing.fail("register", errno.ENOMEM, "listener", times=3)  # it is not watched while no seat is free
     first.close()
-    eventually(lambda: failing.count() == 6, "it cannot be watched again")
+    eventually(lambda: failing.count() == 6, "the listener cannot be watched")
     assert read_exactly(server.seat(), 4) == b"ping"
     text = server.stop()
     assert text.count("not accepting for now: No space left on device\n") == 1
@@ -381,7 +381,7 @@ def test_a_standard_error_that_epoll_cannot_watch_is_tried_again(start: Start, f
 # ---------------------------------------------------------------- calls that need not succeed
 
 
-def test_goes_on_without_sched_yield_and_memfd_create(start: Start, failing: Failing) -> None:
+def test_serves_without_sched_yield_and_memfd_create(start: Start, failing: Failing) -> None:
     program = failing.program(
         "def no(*_): raise PermissionError\nserver.os.sched_yield = server.os.memfd_create = no"
     )
@@ -425,7 +425,7 @@ STARTS = [
 ]
 
 
-def test_a_start_that_fails_says_what_and_why_in_one_line(tmp_path: Path) -> None:
+def test_a_failed_start_is_reported_in_one_line(tmp_path: Path) -> None:
     def run(case: tuple[str, int, str]) -> str:
         call, number, expected = case
         folder = tmp_path / call
@@ -490,7 +490,7 @@ is_cpython = pytest.mark.skipif(
         ("sendfile", "client"),
     ],
 )
-def test_no_memory_while_serving_is_one_line_and_status_1(
+def test_a_lack_of_memory_ends_the_server_with_one_line_and_status_1(
     start: Start, failing: Failing, call: str, on: str
 ) -> None:
     server = start(program=failing.program())
@@ -505,7 +505,7 @@ def test_no_memory_while_serving_is_one_line_and_status_1(
     assert failing.count() == 1
 
 
-def test_a_message_that_was_read_is_printed_before_the_memory_ran_out(start: Start, failing: Failing) -> None:
+def test_a_message_that_was_read_is_printed_despite_a_lack_of_memory(start: Start, failing: Failing) -> None:
     server = start("--echo", "--wait-for", "1", program=failing.program())
     client = server.seat()
     failing.fail("write", OUT_OF_MEMORY, "client")
@@ -515,7 +515,7 @@ def test_a_message_that_was_read_is_printed_before_the_memory_ran_out(start: Sta
     assert server.out.rest().endswith("\nhello\n")
 
 
-def test_no_memory_at_the_start_is_one_line_and_status_1(tmp_path: Path) -> None:
+def test_a_lack_of_memory_ends_the_start_with_one_line_and_status_1(tmp_path: Path) -> None:
     def run(call: str) -> None:
         folder = tmp_path / call
         folder.mkdir()
@@ -542,8 +542,8 @@ def kilobytes(field: str) -> str:
 
 @is_cpython
 @pytest.mark.parametrize("limit, field", [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
-def test_too_little_memory_to_start(tmp_path: Path, limit: str, field: str) -> None:
-    """The limit is what the process has when the module is imported, and a little more."""
+def test_a_start_with_too_little_memory_ends_with_one_line(tmp_path: Path, limit: str, field: str) -> None:
+    """The limit is the memory of the process after the import of the module, plus some kB."""
 
     def run(more: int) -> tuple[int, str]:
         folder = tmp_path / str(more)
@@ -579,15 +579,15 @@ def test_too_little_memory_to_start(tmp_path: Path, limit: str, field: str) -> N
 
 @is_cpython
 @pytest.mark.parametrize("kind", ["-v", "-d"])
-def test_no_traceback_however_little_memory_there_is(kind: str) -> None:
-    """Where Python itself starts, the server starts or ends with one line."""
+def test_no_limit_on_memory_causes_a_traceback(kind: str) -> None:
+    """If Python itself can start, the server starts or ends with one line."""
 
     def run(megabytes: int, *command: str) -> subprocess.CompletedProcess[str]:
         shell = ["bash", "-c", f'ulimit {kind} {megabytes * 1024}; exec "$0" "$@"', sys.executable, *command]
         return subprocess.run(shell, capture_output=True, text=True, timeout=DEADLINE)
 
     def serve(megabytes: int) -> str:
-        result = run(megabytes, SERVER, "--port", "0", "--host", "192.0.2.1")  # it ends by itself
+        result = run(megabytes, SERVER, "--port", "0", "--host", "192.0.2.1")  # it ends on its own
         assert result.returncode == 1, (megabytes, result)
         return result.stderr
 
@@ -600,7 +600,7 @@ def test_no_traceback_however_little_memory_there_is(kind: str) -> None:
 
 @is_cpython
 @pytest.mark.parametrize("limit, field", [("--as", "VmSize"), ("--data", "VmData")])
-def test_memory_that_runs_out_while_serving(start: Start, limit: str, field: str) -> None:
+def test_memory_that_runs_out_ends_the_server_with_one_line(start: Start, limit: str, field: str) -> None:
     server = start(
         "--connections",
         "2000",
@@ -629,7 +629,7 @@ def test_memory_that_runs_out_while_serving(start: Start, limit: str, field: str
 # ---------------------------------------------------------------- vanished peers, socket options
 
 
-def test_accepted_sockets_have_the_options() -> None:
+def test_accepted_sockets_have_the_socket_options() -> None:
     options = SimpleNamespace(host="127.0.0.1", port=0, reuse_port=False, connections=2)
     with non_block_io_server.listen(options) as listener:
         assert not listener.getblocking()
@@ -658,7 +658,7 @@ def test_accepted_sockets_have_the_options() -> None:
 
 
 @pytest.mark.parametrize("host, only", [("::1", True), ("::", False)])
-def test_only_the_address_of_everything_takes_ipv4_as_well(host: str, only: bool) -> None:
+def test_only_the_wildcard_address_also_accepts_ipv4(host: str, only: bool) -> None:
     if not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
     options = SimpleNamespace(host=host, port=0, reuse_port=False, connections=2)
@@ -690,10 +690,10 @@ def test_an_idle_client_is_probed_after_a_minute(start: Start, options: Any) -> 
 
 
 @pytest.mark.parametrize("options", MODES)
-def test_a_peer_that_vanished_gives_its_seat_back(start: Start, failing: Failing, options: Any) -> None:
+def test_a_peer_that_vanished_frees_its_seat(start: Start, failing: Failing, options: Any) -> None:
     server = start(*options, program=failing.program())
     waiting = server.seat()
-    failing.fail("recv", errno.ETIMEDOUT, "client")  # what the kernel reports after its last probe
+    failing.fail("recv", errno.ETIMEDOUT, "client")  # the kernel reports this after its last probe
     waiting.sendall(b"x")
     server.err.wait_for(
         r"^client 1 was lost \(Connection timed out\): .*, not counted as a client, 0 of 2 seats taken$"
@@ -721,7 +721,7 @@ def test_a_peer_that_vanished_gives_its_seat_back(start: Start, failing: Failing
         (MODES[2], "3", signal.SIGHUP),
     ],
 )
-def test_a_stop_loses_nothing_that_has_arrived(
+def test_a_stop_loses_no_data_that_has_arrived(
     start: Start, failing: Failing, options: Any, wait_for: str, number: int
 ) -> None:
     program = failing.program("server.READ_SIZE = 1000")
@@ -831,7 +831,7 @@ def test_no_ping_is_cut_when_standard_output_breaks(start: Start) -> None:
     data = read_exactly(small, 1001)
     server.settled()
     os.close(reader)
-    other.sendall(b"is anybody there?")
+    other.sendall(b"hello")
     rest, was_reset = ending(small)
     assert is_pings(data + rest)
     assert not was_reset
