@@ -1,4 +1,4 @@
-"""`python3 tests`, run in a copy: with and without pytest, pip and a folder that it can write to.
+"""Tests of `python3 tests`, run in a copy: with and without pytest, pip and a writable folder.
 
 Stand-ins for pip and pytest are modules on PYTHONPATH; -S hides what this Python has installed.
 """
@@ -23,7 +23,7 @@ PYTEST = {
     "pytest/__init__.py": "__version__ = '8.0'",
     "pytest/__main__.py": "import json, sys; print(json.dumps([__file__, *sys.argv[1:]])); sys.exit(3)",
 }
-# Installs PYTEST, as pip would do.
+# It installs PYTEST, as pip would do.
 PIP = f"""
 import pathlib, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--target") + 1])
@@ -31,7 +31,7 @@ for name, text in {PYTEST!r}.items():
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text(text)
 """
-# Makes an environment whose Python can do nothing but run PIP.
+# It makes an environment whose Python can only run PIP.
 VENV = f"""
 import pathlib, sys
 python = pathlib.Path(sys.argv[-1], "bin", "python")
@@ -49,7 +49,7 @@ def write(folder: Path, files: dict[str, str]) -> None:
 
 
 class Copy:
-    """A copy of the repository, as far as the runner needs it, and modules that its Python finds first."""
+    """A copy of the files that the runner needs, and modules that its Python finds first."""
 
     def __init__(self, folder: Path) -> None:
         self.root, self.modules = folder / "a copy", folder / "modules"
@@ -101,7 +101,7 @@ def test_uses_the_pytest_of_this_python(copy: Copy) -> None:
     ("cwd", "tests", "arguments"),
     [("tests", ".", ["test_it.py"]), ("..", "a copy/tests", ["-k", "it"])],
 )
-def test_runs_from_every_folder_and_names_what_it_skips(
+def test_runs_from_every_folder_and_reports_skipped_tests(
     copy: Copy, cwd: str, tests: str, arguments: list[str]
 ) -> None:
     installed = str(Path(pytest.__file__).parent.parent)
@@ -128,8 +128,8 @@ def real_pip(copy: Copy) -> dict[str, str]:
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(copy.modules), "PIP_CONFIG_FILE": os.devnull}
 
 
-def test_pip_installs_pytest_whatever_the_user_has_set(copy: Copy, tmp_path: Path) -> None:
-    """Neither the settings for pip nor a .venv of another Python, or one that is half made, is in the way."""
+def test_pip_installs_pytest_despite_the_users_settings(copy: Copy, tmp_path: Path) -> None:
+    """Settings of pip, a .venv of another Python and an incomplete .venv do not prevent it."""
     variables = real_pip(copy)
     version = ("pypy" if sys.implementation.name == "pypy" else "python") + "{}.{}".format(*sys.version_info)
     for folder in version, "python2.7":
@@ -149,18 +149,18 @@ def test_pip_installs_pytest_whatever_the_user_has_set(copy: Copy, tmp_path: Pat
 
 
 @pytest.mark.parametrize("version", ["__version__ = '4.6.9'", "import that_is_missing"])
-def test_a_pytest_that_is_too_old_or_broken_counts_as_none(copy: Copy, version: str) -> None:
+def test_a_pytest_that_is_too_old_or_broken_is_not_used(copy: Copy, version: str) -> None:
     write(copy.modules, {"pytest.py": version, "pip.py": PIP})
     assert copy.venv in stand_in(copy.run())[0].parents
 
 
-def test_a_python_without_pip_takes_that_of_a_virtual_environment(copy: Copy) -> None:
+def test_a_python_without_pip_uses_the_pip_of_a_virtual_environment(copy: Copy) -> None:
     write(copy.modules, {"venv.py": VENV})
     assert copy.venv in stand_in(copy.run())[0].parents
 
 
 @pytest.mark.parametrize("prepare", ["no pip", "no folder", "old Python"])
-def test_one_line_says_what_is_missing(copy: Copy, prepare: str) -> None:
+def test_one_line_reports_what_is_missing(copy: Copy, prepare: str) -> None:
     if prepare == "no pip":
         write(copy.modules, NO_VENV)
         reason = "this Python has no pip to install pytest (Debian, Ubuntu: apt install python3-pip)"
@@ -177,12 +177,12 @@ def test_one_line_says_what_is_missing(copy: Copy, prepare: str) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (1, "", f"tests: {reason}\n")
 
 
-def test_says_when_pip_fails(copy: Copy) -> None:
+def test_a_failure_of_pip_is_reported(copy: Copy) -> None:
     write(copy.modules, {"pip.py": "raise SystemExit('no network')"})
     result = copy.run()
     assert result.returncode == 1
     assert result.stderr.endswith("\nno network\ntests: pip cannot install pytest; its reason is above\n")
 
 
-def test_an_old_python_can_read_it() -> None:
+def test_an_old_python_can_parse_the_runner() -> None:
     ast.parse(RUNNER.read_text(), feature_version=(3, 6))
