@@ -1,4 +1,4 @@
-"""The server with no option: the lecture's, made unbreakable."""
+"""Tests of the server without options: the lecture's server."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def failing(tmp_path: Path) -> Failing:
 
 
 def run(*options: str, **popen: Any) -> subprocess.CompletedProcess[str]:
-    """Run the server where it ends by itself."""
+    """Run a server that ends on its own."""
     command = [sys.executable, SERVER, *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, **popen)
 
 
-# ---------------------------------------------------------------- the lecture's order and words
+# ---------------------------------------------------------------- the start of serving, and the streams
 
 
-def test_serving_begins_with_the_second_client(start: Start) -> None:
+def test_serving_starts_with_the_second_client(start: Start) -> None:
     server = start()
     first = server.seat()
     first.sendall(b"early")
@@ -88,7 +88,7 @@ def test_a_message_has_a_header_and_its_text(start: Start) -> None:
     server.messages(rf"\.\.\.\ndata received\.\.\. \(client 2, 127\.0\.0\.1:{port}\)\nAnd another\n\Z")
 
 
-def test_the_log_of_two_clients(start: Start) -> None:
+def test_the_log_shows_two_clients(start: Start) -> None:
     server = start()
     clients = [server.seat(), server.seat()]
     ports = [client.getsockname()[1] for client in clients]
@@ -121,7 +121,7 @@ def test_a_signal_stops_the_server_with_a_summary(start: Start, number: int, cli
     assert re.match(rf"stopped: {clients if clients == 2 else 0} clients served, 0 bytes received, ", last)
 
 
-def test_the_stream_is_pings_however_it_is_read(start: Start) -> None:
+def test_the_stream_is_whole_pings_for_every_size_of_read(start: Start) -> None:
     server = start()
     small, other = server.seat(small=True), server.seat()
     other.sendall(b"x")
@@ -130,7 +130,7 @@ def test_the_stream_is_pings_however_it_is_read(start: Start) -> None:
         data += read_exactly(small, size)
     data += read_exactly(small, 2_000_000)
     small.shutdown(socket.SHUT_WR)
-    assert is_pings(data + read_all(small))  # to a whole last ping
+    assert is_pings(data + read_all(small))  # the last ping is whole
     assert is_pings(read_exactly(other, 4_000_000))
 
 
@@ -142,11 +142,11 @@ def test_no_ping_is_cut_when_the_server_stops(start: Start, read: int) -> None:
     server.settled()
     server.process.send_signal(signal.SIGTERM)
     assert is_pings(data + read_all(small))
-    server.stop()  # twice does no harm
+    server.stop()  # a second signal does no harm
 
 
 @pytest.mark.parametrize("size", [1001, 1002, 1003])
-def test_each_rest_of_a_ping_is_sent(start: Start, failing: Failing, size: int) -> None:
+def test_the_rest_of_a_cut_ping_is_sent(start: Start, failing: Failing, size: int) -> None:
     program = failing.program(
         "sendfile = server.os.sendfile\n"
         f"server.os.sendfile = lambda out, file, at, size: sendfile(out, file, at, min(size, {size}))"
@@ -159,7 +159,7 @@ def test_each_rest_of_a_ping_is_sent(start: Start, failing: Failing, size: int) 
 
 
 @pytest.mark.parametrize("size", [3, 1001, 1002])
-def test_each_rest_of_a_ping_is_sent_without_a_file_in_memory(
+def test_the_rest_of_a_cut_ping_is_sent_without_a_file_in_memory(
     start: Start, failing: Failing, size: int
 ) -> None:
     program = failing.program(
@@ -175,7 +175,7 @@ def test_each_rest_of_a_ping_is_sent_without_a_file_in_memory(
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_ping_that_is_cut_is_completed_at_the_end(start: Start, failing: Failing, cut: int) -> None:
+def test_a_cut_ping_is_completed_at_shutdown(start: Start, failing: Failing, cut: int) -> None:
     program = failing.program(
         f"rests = [{4000 + cut}]\n"
         "sendfile = server.os.sendfile\n"
@@ -192,7 +192,7 @@ def test_a_ping_that_is_cut_is_completed_at_the_end(start: Start, failing: Faili
     assert text.endswith("\nstopped: 1 client served, 0 bytes received, 1,001 pings sent\n")
 
 
-def test_a_heartbeat_and_an_echo_of_single_bytes(start: Start, failing: Failing) -> None:
+def test_a_heartbeat_and_an_echo_survive_sends_of_one_byte(start: Start, failing: Failing) -> None:
     program = failing.program("write = server.write; server.write = lambda file, data: write(file, data[:1])")
     client = start("--every", "0.01", "--wait-for", "1", program=program).seat()
     assert read_exactly(client, 20) == b"ping" * 5
@@ -222,12 +222,12 @@ def test_a_third_client_waits_for_a_free_seat(start: Start) -> None:
     server = start()
     first, second = server.seat(), server.seat()
     third = server.connect()
-    third.sendall(b"patience")
+    third.sendall(b"waiting")
     server.settled()
     assert "client 3" not in server.err.text
     first.close()
     assert read_exactly(third, 8) == b"pingping"
-    server.messages("^patience$")
+    server.messages("^waiting$")
     server.err.wait_for(r"^client 3 connected from .*, 2 of 2 seats taken$")
     assert read_exactly(second, 4) == b"ping"
 
@@ -244,7 +244,7 @@ def probe(server: Server, leave: Callable[[socket.socket], None]) -> None:
 
 @pytest.mark.parametrize("leave", [lambda client: client.close(), reset])
 @pytest.mark.parametrize("wait_for", [1, 2, 3])
-def test_a_probe_before_serving_is_no_client(start: Start, wait_for: int, leave: Any) -> None:
+def test_a_probe_before_serving_does_not_count(start: Start, wait_for: int, leave: Any) -> None:
     server = start("--connections", "3", "--wait-for", str(wait_for))
     clients: list[socket.socket] = []
     while len(clients) < wait_for:
@@ -260,7 +260,7 @@ def test_a_probe_before_serving_is_no_client(start: Start, wait_for: int, leave:
     assert re.search(rf"\nstopped: {wait_for} clients? served, 0 bytes received, ", server.stop())
 
 
-def test_a_probe_while_serving_is_a_client(start: Start) -> None:
+def test_a_probe_while_serving_counts(start: Start) -> None:
     server = start("--wait-for", "1", "--every", "3600")
     server.seat()
     server.seat().close()
@@ -269,11 +269,11 @@ def test_a_probe_while_serving_is_a_client(start: Start) -> None:
 
 
 @pytest.mark.parametrize("leave", [lambda client: client.close(), reset])
-def test_serving_begins_when_enough_clients_are_connected_at_once(start: Start, leave: Any) -> None:
+def test_serving_starts_when_enough_clients_are_connected_at_the_same_time(start: Start, leave: Any) -> None:
     server = start("--connections", "3", "--wait-for", "2", "--echo")
     first = server.seat()
     server.settled()
-    server.process.send_signal(signal.SIGSTOP)  # so that it finds the first one gone and the second at once
+    server.process.send_signal(signal.SIGSTOP)  # it then finds the close and the connect in one batch
     second = server.connect()
     leave(first)
     server.process.send_signal(signal.SIGCONT)
@@ -286,7 +286,7 @@ def test_serving_begins_when_enough_clients_are_connected_at_once(start: Start, 
     assert read_exactly(second, 5) == b"hello"
 
 
-def test_a_client_that_sent_a_message_and_left_counts_while_a_probe_does_not(start: Start) -> None:
+def test_a_client_that_sent_a_message_and_left_counts_but_a_probe_does_not(start: Start) -> None:
     server = start("--connections", "3", "--wait-for", "2")
     first = server.seat()
     first.sendall(b"farewell")
@@ -299,22 +299,22 @@ def test_a_client_that_sent_a_message_and_left_counts_while_a_probe_does_not(sta
     assert "\nstopped: 2 clients served, 8 bytes received, " in server.stop()
 
 
-# ---------------------------------------------------------------- nothing is polled
+# ---------------------------------------------------------------- an idle server sleeps
 
 
-def test_nothing_is_polled_while_nothing_happens(start: Start) -> None:
+def test_an_idle_server_sleeps(start: Start) -> None:
     server = start()
-    server.settled(0.1)  # nobody there
+    server.settled(0.1)  # no client
     server.seat()
-    server.settled(0.1)  # one waits
+    server.settled(0.1)  # one client waits
     server.seat()
-    server.settled(0.1)  # two that do not read
+    server.settled(0.1)  # two clients do not read
     server.connect()
-    server.settled(0.1)  # one waits in the backlog
+    server.settled(0.1)  # a third one waits in the backlog
 
 
 @pytest.mark.parametrize("leave", [lambda client: client.close(), reset])
-def test_nothing_is_polled_when_all_have_left(start: Start, leave: Callable[[socket.socket], None]) -> None:
+def test_a_server_without_clients_sleeps(start: Start, leave: Callable[[socket.socket], None]) -> None:
     server = start()
     for client in (server.seat(), server.seat()):
         leave(client)
@@ -329,7 +329,7 @@ def test_an_event_of_a_task_that_the_same_batch_has_ended_does_no_harm() -> None
     def task(other: int) -> Generator[int, int, None]:
         events = yield select.EPOLLIN
         resumed.append(events)
-        if events:  # the other one is ready, too
+        if events:  # the other one is also ready
             loop.resume([(other, 0)])
             loop.running = False
 
@@ -338,14 +338,14 @@ def test_an_event_of_a_task_that_the_same_batch_has_ended_does_no_harm() -> None
         loop.start("task", descriptor, task(other))
     for _, end in pairs:
         end.send(b"ping")
-    thread = threading.Thread(target=loop.run, daemon=True)  # a test that fails does not wait for it
+    thread = threading.Thread(target=loop.run, daemon=True)  # a failed test does not wait for it
     thread.start()
     thread.join(DEADLINE)
     assert not thread.is_alive()
     assert resumed == [select.EPOLLIN, 0]
 
 
-def test_a_client_that_does_not_read_costs_little(start: Start) -> None:
+def test_a_client_that_does_not_read_gets_few_bytes(start: Start) -> None:
     server = start()
     server.seat(), server.seat()
     server.settled()
@@ -360,7 +360,7 @@ def test_a_large_message_does_not_delay_another_client(start: Start) -> None:
     server = start()
     bulk, quiet = server.seat(), server.seat()
     server.settled()
-    server.process.send_signal(signal.SIGSTOP)  # so that both find the server unprepared
+    server.process.send_signal(signal.SIGSTOP)  # so that both arrive before it reads
     bulk.setblocking(False)
     size = 0
     with suppress(BlockingIOError):
@@ -369,12 +369,12 @@ def test_a_large_message_does_not_delay_another_client(start: Start) -> None:
     quiet.sendall(b"quick\n")
     server.process.send_signal(signal.SIGCONT)
     server.messages("^quick$")
-    eventually(lambda: server.out.data.count(b"x") == size, "all is shown")  # type: ignore[union-attr]
+    eventually(lambda: server.out.data.count(b"x") == size, "everything is shown")  # type: ignore[union-attr]
     assert size > 1_000_000
     assert server.out.data.index(b"quick") < 300_000  # type: ignore[union-attr]
 
 
-# ---------------------------------------------------------------- leaving in every manner
+# ---------------------------------------------------------------- every way to disconnect
 
 
 def leave_unread(client: socket.socket) -> None:
@@ -393,10 +393,10 @@ def leave_with_a_half_close(client: socket.socket) -> None:
     assert is_pings(b"ping" + read_all(client))
 
 
-MANNERS = [leave_unread, leave_with_a_reset, leave_with_a_half_close]
+WAYS = [leave_unread, leave_with_a_reset, leave_with_a_half_close]
 
 
-@pytest.mark.parametrize("leave", MANNERS)
+@pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.parametrize("options", [[], ["--every", "0.01"]])
 def test_a_client_disconnects_and_its_last_message_is_printed(start: Start, options: Any, leave: Any) -> None:
     server = start(*options)
@@ -412,7 +412,7 @@ def test_a_client_disconnects_and_its_last_message_is_printed(start: Start, opti
     server.stop()
 
 
-@pytest.mark.parametrize("leave", MANNERS[:2])
+@pytest.mark.parametrize("leave", WAYS[:2])
 def test_a_waiting_client_that_sent_a_message_and_left_counts(start: Start, leave: Any) -> None:
     server = start()
     leave(server.seat())
@@ -421,7 +421,7 @@ def test_a_waiting_client_that_sent_a_message_and_left_counts(start: Start, leav
     assert is_pings(read_exactly(second, 8))
 
 
-@pytest.mark.parametrize("leave", MANNERS[:2])
+@pytest.mark.parametrize("leave", WAYS[:2])
 def test_a_client_that_left_the_backlog_is_read(start: Start, leave: Any) -> None:
     server = start()
     first, _ = server.seat(), server.seat()
@@ -442,7 +442,7 @@ def test_a_port_scan_does_no_harm(start: Start) -> None:
     server.stop()
 
 
-def test_an_urgent_byte_is_a_byte(start: Start) -> None:
+def test_an_urgent_byte_is_printed(start: Start) -> None:
     server = start("--wait-for", "1")
     client = server.seat()
     client.sendall(b"before ")
@@ -452,7 +452,7 @@ def test_an_urgent_byte_is_a_byte(start: Start) -> None:
     server.settled()
 
 
-def test_a_suspended_server_goes_on(start: Start) -> None:
+def test_a_suspended_server_continues(start: Start) -> None:
     server = start("--wait-for", "1")
     client = server.seat()
     server.process.send_signal(signal.SIGSTOP)
@@ -462,7 +462,7 @@ def test_a_suspended_server_goes_on(start: Start) -> None:
     server.settled()
 
 
-# ---------------------------------------------------------------- a stalled output stalls nobody
+# ---------------------------------------------------------------- a stalled output stalls no client
 
 
 NUMBERS = b"".join(b"%063d\n" % number for number in range(1 << 18))
@@ -471,7 +471,7 @@ LINES = (b"x" * 63 + b"\n") * (1 << 18)
 
 
 def fill(server: Server, client: socket.socket, data: bytes = LINES) -> int:
-    """Send until the server reads no more; return how many bytes but newlines have arrived, at least."""
+    """Send until the server reads no more; return a lower bound of the arrived bytes, without newlines."""
     client.setblocking(False)
     sent, before = 0, -1
     while sent > before:
@@ -488,7 +488,7 @@ def fill(server: Server, client: socket.socket, data: bytes = LINES) -> int:
 
 
 def digits(shown: bytes) -> bytes:
-    """What is left of messages without headers, newlines and indents."""
+    """Return the text of messages without headers, newlines and indents."""
     return re.sub(rb"data received.*|\s", b"", shown)
 
 
@@ -497,17 +497,17 @@ def test_a_stalled_standard_output_loses_nothing_and_stalls_no_other_client(star
     writer, reader = server.seat(), server.seat()
     memory = server.status("VmRSS")
     read_exactly(writer, 100_000)
-    arrived = fill(server, writer, NUMBERS)  # settled: it neither spins nor reads on
+    arrived = fill(server, writer, NUMBERS)  # after this, it neither spins nor reads
     assert arrived > 1_000_000
     assert server.status("VmRSS") - memory < 20_000, "kB"
-    assert is_pings(read_exactly(reader, 5_000_000)), "pings go on"
-    reset(writer)  # while it is paused: it neither spins nor is lost
+    assert is_pings(read_exactly(reader, 5_000_000)), "pings continue"
+    reset(writer)  # while it is paused: the server does not spin, and keeps the data
     server.settled()
     assert "client 1 was reset" not in server.err.text
     assert server.out is not None
     server.out.going.set()
     server.err.wait_for("^client 1 was reset")
-    eventually(lambda: len(digits(server.out.data)) >= arrived, "all that had come is shown")  # type: ignore[union-attr]
+    eventually(lambda: len(digits(server.out.data)) >= arrived, "all data that had arrived is shown")  # type: ignore[union-attr]
     assert digits(NUMBERS).startswith(digits(server.out.data))
     assert read_exactly(reader, 4)
     server.stop()
@@ -526,7 +526,7 @@ def test_a_stalled_standard_error_stalls_no_client_and_drops_lines(
         server.err.going.clear()
         for _ in range(300):  # more lines than the pipe and the server's queue hold
             server.connect().close()
-        assert is_pings(read_exactly(client, 5_000_000)), "pings go on"
+        assert is_pings(read_exactly(client, 5_000_000)), "pings continue"
         server.settled()
         assert server.status("VmRSS") - memory < 2_000, "kB"
         server.err.going.set()
@@ -538,8 +538,8 @@ def test_a_stalled_standard_error_stalls_no_client_and_drops_lines(
     assert reported == int(dropped.replace(",", ""))
     logged = len(re.findall("^client [0-9]+ (?:connected|left|was reset|was lost)", text, re.M))
     assert logged + reported > 1201 if options else logged + reported == 1201
-    told = r"listening on|serving|stopped:|[\d,]+ log lines dropped|client \d+ (connected|left:|was reset:) "
-    assert all(re.match(rf"({told})|  *\d+\.\d\d\d  ", line) for line in text.splitlines()), "no line is cut"
+    known = r"listening on|serving|stopped:|[\d,]+ log lines dropped|client \d+ (connected|left:|was reset:) "
+    assert all(re.match(rf"({known})|  *\d+\.\d\d\d  ", line) for line in text.splitlines()), "no line is cut"
 
 
 @pytest.mark.parametrize("options", [[], ["--echo"], ["--every", "0.05"]])
@@ -558,7 +558,7 @@ def test_a_broken_standard_output_ends_the_server_with_one_line(start: Start) ->
     server = start("--wait-for", "1", stdout=writer)
     os.close(writer)
     os.close(reader)
-    server.seat().sendall(b"is anybody there?")
+    server.seat().sendall(b"hello")
     assert server.ended(1).endswith("\nstandard output can no longer be written: Broken pipe\n")
 
 
@@ -610,8 +610,8 @@ def test_a_stalled_terminal_or_socket_stalls_no_client(start: Start, kind: str) 
     server = start(stdout=theirs)
     writer, reader = server.seat(), server.seat()
     arrived = fill(server, writer)
-    assert is_pings(read_exactly(reader, 5_000_000)), "pings go on"
-    assert os.get_blocking(theirs), "whoever shares it would be surprised"
+    assert is_pings(read_exactly(reader, 5_000_000)), "pings continue"
+    assert os.get_blocking(theirs), "it stays blocking for other programs"
     os.close(theirs)
     shown = 0
     while shown < arrived:
@@ -620,7 +620,9 @@ def test_a_stalled_terminal_or_socket_stalls_no_client(start: Start, kind: str) 
     server.process.kill()
 
 
-def test_one_stalled_pipe_for_both_outputs_loses_no_message_and_forges_no_line(failing: Failing) -> None:
+def test_one_stalled_pipe_for_both_outputs_loses_no_message_and_forges_no_header(
+    failing: Failing,
+) -> None:
     program = failing.program("server.OUTPUT_LIMIT = 50_000")
     command = [sys.executable, program, "--port", "0", "--connections", "300", "--wait-for", "1"]
     line = b"data received... (client 9, 10.0.0.1:9)\nZZZZZZ\n"  # no other line has a Z
@@ -642,11 +644,11 @@ def test_one_stalled_pipe_for_both_outputs_loses_no_message_and_forges_no_line(f
             shown = process.stdout.read().decode().splitlines()
     assert process.returncode == 0
     header = r"data received\.\.\. \(client 1, 127\.0\.0\.1:\d+\)"
-    told = r"client \d+ (connected from|left:|was reset:) .* seats taken|serving 1 client"
-    told += r"|[\d,]+ log lines dropped: standard output was full|stopped: .* log lines dropped"
+    known = r"client \d+ (connected from|left:|was reset:) .* seats taken|serving 1 client"
+    known += r"|[\d,]+ log lines dropped: standard output was full|stopped: .* log lines dropped"
     after_header = False
     for text in shown:
-        assert after_header or text.startswith("  ") or re.fullmatch(f"{header}|{told}", text), text
+        assert after_header or text.startswith("  ") or re.fullmatch(f"{header}|{known}", text), text
         after_header = bool(re.fullmatch(header, text))
     received = int(re.findall(r"served, ([\d,]+) bytes", shown[-1])[0].replace(",", ""))
     assert 50_000 < received <= sent
@@ -664,13 +666,13 @@ def test_a_failure_does_not_wait_for_a_stalled_standard_error(start: Start, fail
         client.sendall(b"x")
         read_exactly(client, 1)
     os.close(reader)
-    client.sendall(b"is anybody there?")
+    client.sendall(b"hello")
     assert server.process.wait(DEADLINE) == 1
 
 
 @pytest.mark.parametrize("kind", ["terminal", "pipe"])
-def test_a_stalled_output_that_cannot_be_reopened(start: Start, kind: str, tmp_path: Path) -> None:
-    program = tmp_path / "server.py"  # as after su, where the terminal is another user's
+def test_an_output_that_cannot_be_reopened_stalls_no_client(start: Start, kind: str, tmp_path: Path) -> None:
+    program = tmp_path / "server.py"  # as after su, when the terminal belongs to another user
     program.write_text(
         "import os, runpy, sys\n"
         "def refuse(path, *rest, open=os.open):\n"
@@ -685,12 +687,12 @@ def test_a_stalled_output_that_cannot_be_reopened(start: Start, kind: str, tmp_p
     writer, reader = server.seat(), server.seat()
     writer.sendall(b"x" * 500_000 + b"\n" * 1000)
     for _ in range(5):
-        assert is_pings(read_exactly(reader, 5_000_000)), "pings go on"
+        assert is_pings(read_exactly(reader, 5_000_000)), "pings continue"
     server.settled()
     os.close(ours)
 
 
-def test_no_descriptors_at_the_start() -> None:
+def test_a_start_without_descriptors_ends_with_one_line() -> None:
     limits = 6, 6
     result = run("--port", "0", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
     assert result.returncode == 1
@@ -714,11 +716,11 @@ def test_bytes_that_cannot_be_written_at_the_end_are_counted(start: Start, faili
     shown = server.out.rest()
     header = shown[: shown.index("\n") + 1]
     assert 0 < lost < received
-    assert (len(shown) + lost - received) % len(header + "\n") == 0, "so many messages"
+    assert (len(shown) + lost - received) % len(header + "\n") == 0, "only headers and newlines are added"
 
 
-def test_a_broken_output_and_many_open_files(start: Start, failing: Failing) -> None:
-    """select(2) takes no descriptor above 1023."""
+def test_a_broken_output_is_reported_with_many_open_files(start: Start, failing: Failing) -> None:
+    """select(2) accepts no descriptor above 1023."""
     program = failing.program(
         "server.resource.setrlimit(server.resource.RLIMIT_NOFILE, (2000, 2000))\n"
         "files = [open('/dev/null') for _ in range(1100)]"
@@ -739,7 +741,7 @@ def test_a_slow_reader_does_not_delay_the_end_for_long(start: Start, failing: Fa
     fill(server, writer)
     server.process.send_signal(signal.SIGTERM)
     assert server.out is not None
-    while server.process.poll() is None:  # the reader takes a little, again and again
+    while server.process.poll() is None:  # the reader reads slowly, but does not stop
         os.read(server.out.pipe.fileno(), 4096)
         time.sleep(0.02)
     assert re.search(" has stalled: [0-9,]+ bytes not written\n", server.ended(0))
@@ -759,10 +761,10 @@ def test_everything_is_written_before_the_end(start: Start) -> None:
     assert server.out.rest().count("x") == received - received // 64 > 1_000_000
 
 
-# ---------------------------------------------------------------- where it cannot go on
+# ---------------------------------------------------------------- a server that cannot start
 
 
-def test_a_port_that_is_in_use(start: Start) -> None:
+def test_a_port_in_use_is_reported(start: Start) -> None:
     server = start()
     result = run("--port", str(server.port))
     assert result.returncode == 1
@@ -775,7 +777,7 @@ def test_a_port_that_is_in_use(start: Start) -> None:
 @pytest.mark.parametrize(
     "host", ["192.0.2.1", "2001:db8::1", "nowhere.invalid", "x" * 70, "a..b", "999.1.1.1"]
 )
-def test_an_address_that_cannot_be_used(host: str) -> None:
+def test_an_address_that_cannot_be_used_is_reported(host: str) -> None:
     result = run("--port", "0", "--host", host)
     assert result.returncode == 1
     assert re.match(
@@ -783,7 +785,7 @@ def test_an_address_that_cannot_be_used(host: str) -> None:
     )
 
 
-# ---------------------------------------------------------------- where it listens
+# ---------------------------------------------------------------- the address to listen on
 
 
 def name_of(address: Any, host: str) -> str:
@@ -802,7 +804,7 @@ def name_of(address: Any, host: str) -> str:
         ("::", "[::]", ["::1", "127.0.0.1"]),
     ],
 )
-def test_the_address_to_listen_on(start: Start, host: str, name: str, reached: Any) -> None:
+def test_it_listens_on_the_address_of_a_host(start: Start, host: str, name: str, reached: Any) -> None:
     if ":" in host and not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
     server = start("--host", host, "--wait-for", "1")
@@ -818,7 +820,7 @@ def test_empty_brackets_are_no_address(start: Start) -> None:
 
 
 @pytest.mark.parametrize("host", ["[::1]", "[127.0.0.1]"])
-def test_an_address_as_it_is_printed(start: Start, host: str) -> None:
+def test_an_address_may_have_brackets(start: Start, host: str) -> None:
     if ":" in host and not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
     server = start("--host", host)
@@ -849,7 +851,7 @@ def test_each_address_of_a_host_is_tried(start: Start, failing: Failing) -> None
     assert failing.count() == 1
 
 
-def test_a_host_with_no_usable_address_names_the_first_reason(failing: Failing) -> None:
+def test_a_host_without_usable_address_reports_the_first_reason(failing: Failing) -> None:
     failing.fail("bind", errno.EACCES)
     program = failing.program(ADDRESSES.format(addresses=["127.0.0.3", "192.0.2.1"]))
     command = [sys.executable, program, "--port", "0", "--host", "example.test"]
@@ -859,12 +861,12 @@ def test_a_host_with_no_usable_address_names_the_first_reason(failing: Failing) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_restart_while_old_connections_linger(start: Start, number: int) -> None:
+def test_a_restart_works_while_old_connections_exist(start: Start, number: int) -> None:
     server = start()
     clients = [server.seat(), server.seat()]
     read_exactly(clients[0], 4)
     server.process.send_signal(number)
     server.process.wait(DEADLINE)
-    again = start("--port", str(server.port))  # while the old clients linger
+    again = start("--port", str(server.port))  # while the old connections exist
     first, second = again.seat(), again.seat()
     assert is_pings(read_exactly(first, 4) + read_exactly(second, 4))
