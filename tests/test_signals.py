@@ -1,4 +1,4 @@
-"""Signals, the exit status, and the first and the last line."""
+"""Tests of signals, the exit status, and the first and the last line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(start: Start, numb
 
 
 def send_until_it_ends(process: subprocess.Popen[Any], *numbers: int) -> None:
-    """Send the signals again and again, until the process has ended; do not reap it before."""
+    """Send the signals again and again until the process has ended; do not reap it."""
     stat = Path(f"/proc/{process.pid}/stat")
     end = time.monotonic() + DEADLINE
     while ") Z " not in stat.read_text():
@@ -64,7 +64,7 @@ def test_more_signals_during_the_exit_change_nothing(start: Start, status: int) 
         client = server.seat()
         if status:
             os.close(reader)
-            client.sendall(b"is anybody there?")
+            client.sendall(b"hello")
             server.err.wait_for("^standard output can no longer be written")
         send_until_it_ends(server.process, *numbers)
         assert server.ended(status)
@@ -82,7 +82,7 @@ def test_a_broken_pipe_is_no_failure_when_a_signal_stops_the_server(
     os.close(writer)
     client = server.seat()
     read_exactly(client, 4)
-    if broken_first:  # the server waits for a signal before it calls this a failure
+    if broken_first:  # the server waits for a signal before it reports a failure
         os.close(reader)
         client.sendall(b"hello")
         server.settled()
@@ -103,7 +103,7 @@ def test_a_broken_pipe_is_no_failure_when_a_signal_stops_the_server(
 
 
 def test_ctrl_c_in_a_pipeline_is_no_failure(tmp_path: Path) -> None:
-    """As `server 2>&1 | tee log` and Ctrl-C, which reaches both."""
+    """Run `server 2>&1 | tee log`; Ctrl-C signals both programs."""
 
     command = [sys.executable, SERVER, "--port", "0", "--wait-for", "1"]
     for number in range(8):
@@ -121,7 +121,7 @@ def test_ctrl_c_in_a_pipeline_is_no_failure(tmp_path: Path) -> None:
             port = eventually(lambda: read_port(log), "it listens")  # noqa: B023
             with socket.create_connection(("127.0.0.1", port), DEADLINE) as client:
                 for _ in range(number):
-                    client.sendall(b"hello")  # so that it writes at about the same time
+                    client.sendall(b"hello")  # so that the server writes at about the same time
                 os.killpg(server.pid, signal.SIGINT)
                 assert server.wait(DEADLINE) == 0
             tee.wait(DEADLINE)
@@ -129,12 +129,12 @@ def test_ctrl_c_in_a_pipeline_is_no_failure(tmp_path: Path) -> None:
 
 
 def read_port(log: Path) -> int:
-    """Return the port of the server's first line; 0 if it is not there yet."""
+    """Return the port in the server's first line; 0 if there is no line yet."""
     found = re.search(r":(\d+), ", log.read_text()) if log.exists() else None
     return int(found[1]) if found else 0
 
 
-def test_a_broken_standard_output_and_a_signal_leave_no_traceback(start: Start) -> None:
+def test_a_broken_standard_output_leaves_no_traceback(start: Start) -> None:
     reader, writer = os.pipe()
     server = start("--wait-for", "1", stdout=writer)
     os.close(writer)
@@ -162,14 +162,14 @@ def test_a_broken_standard_output_and_a_signal_leave_no_traceback(start: Start) 
         (["--every", "1"], {"preexec_fn": lambda: os.close(0)}),
     ],
 )
-def test_the_first_line_says_where_it_listens(start: Start, options: Any, popen: Any) -> None:
+def test_the_first_line_shows_the_address(start: Start, options: Any, popen: Any) -> None:
     server = start(*options, **popen)
     count = "9,999" if "9999" in options else "2"
     assert server.err.text.startswith(f"listening on 127.0.0.1:{server.port}, waiting for {count} clients\n")
 
 
 def test_a_standard_error_that_is_not_open_does_no_harm() -> None:
-    with socket.socket() as reserved:  # not listening: it only keeps the port for the server
+    with socket.socket() as reserved:  # it does not listen, it only keeps the port for the server
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         reserved.bind(("127.0.0.1", 0))
         address = reserved.getsockname()
