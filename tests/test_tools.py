@@ -1,4 +1,4 @@
-"""The soak and the benchmark, for a few seconds, so that they cannot rot."""
+"""Tests of the soak and the benchmark, in short runs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def run(*command: str) -> Result[str]:
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that the benchmark writes."""
+    """Return the path of the file that the benchmark writes."""
     return tmp_path_factory.mktemp("benchmark") / "figures"
 
 
 @pytest.fixture(scope="module")
 def results(figures: Path) -> list[Result[str]]:
-    """The soak and the benchmark, which run at the same time, because the soak mostly waits."""
+    """Run the soak and the benchmark at the same time, because the soak mostly waits."""
     soak = "tests/soak.py", "--quick", "--seconds", "1", "--seed", "1"
     benchmark = "tests/benchmark", "--quick", "--json", str(figures)
     return at_once(lambda command: run(*command), [soak, benchmark])
 
 
-def test_soaks(results: list[Result[str]]) -> None:
-    """A short soak can fail: each of its modes still serves 20 random clients and goes through every turn."""
+def test_a_short_soak_finds_no_loss(results: list[Result[str]]) -> None:
+    """Even a short soak can fail: each of its modes serves 20 random clients and has every turn."""
     result = results[0]
     assert result.returncode == 0, result.stderr[-3000:]
     line = result.stdout.splitlines()[-1]
@@ -45,7 +45,7 @@ def test_soaks(results: list[Result[str]]) -> None:
     assert all(int(figure.replace(",", "")) > 10 for figure in found.groups())
 
 
-def test_measures(results: list[Result[str]], figures: Path) -> None:
+def test_a_quick_benchmark_measures_every_part(results: list[Result[str]], figures: Path) -> None:
     result = results[1]
     assert result.returncode == 0, result.stderr[-3000:]
     assert re.match(r"this takes about \d+ s;", result.stderr)
@@ -55,7 +55,7 @@ def test_measures(results: list[Result[str]], figures: Path) -> None:
     assert {"start", "client pings", "client file", "pings", "echo 1", "echo 100"} <= measured.keys()
 
 
-def test_a_part_alone() -> None:
+def test_one_part_runs_alone() -> None:
     result = run("tests/benchmark", "start", "--quick")
     tables = [line for line in result.stdout.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip(" -") for line in tables] == [
@@ -69,7 +69,7 @@ def test_a_part_alone() -> None:
     assert "no part is named 'echoes' (choose from start, client, pings, memory, echo)" in unknown.stderr
 
 
-def test_an_interrupted_benchmark_shows_what_it_has() -> None:
+def test_an_interrupted_benchmark_shows_its_figures() -> None:
     command = [sys.executable, "tests/benchmark", "pings"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
