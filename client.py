@@ -374,8 +374,8 @@ class Output:
 
     A write that does not fit waits, even if select has reported the descriptor as writable.
     O_NONBLOCK prevents that, but on an inherited descriptor it affects every process that shares
-    it, such as the shell.  So the output is opened again, or else a write has at most
-    PIPE_BUF bytes: pipe(7).
+    it, such as the shell.  So the output is opened again.  If this is not possible, a write has at
+    most PIPE_BUF bytes (pipe(7)), and one byte on a terminal.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -387,7 +387,7 @@ class Output:
             with suppress(OSError):
                 self.descriptor = os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
             if os.get_blocking(self.descriptor):  # on macOS, opening it is only a dup(2)
-                self.limit = select.PIPE_BUF
+                self.limit = 1 if os.isatty(self.descriptor) else select.PIPE_BUF
 
     def write(self, data: bytes) -> None:
         """Write as much as fits.  After an error, discard everything."""

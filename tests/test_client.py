@@ -661,11 +661,12 @@ UNREAD = (
     ("terminal", ""),
     ("pipe", NO_REOPEN),
     ("fifo", NO_REOPEN),
+    ("terminal", NO_REOPEN),
 )
 
 
 def test_a_signal_ends_it_while_its_output_is_stalled(launch: Launch, tmp_path: Path) -> None:
-    """Run all cases at the same time, because each one open_terminal GRACE seconds."""
+    """Run all cases at the same time, because each one takes GRACE seconds."""
 
     def check(case: tuple[tuple[str, str], int]) -> None:
         (kind, before), number = case
