@@ -114,9 +114,7 @@ def serving(name: str, command: list[str], stdout: int | IO[bytes] = subprocess.
         with running(command, SERVER_CORE, stdout=stdout, stderr=log) as process:
             server = Server(name, process, log)
             yield server
-            if (
-                process.poll() is not None and name != LECTURE
-            ):  # the lecture's server ends with its first client
+            if process.poll() is not None and name != LECTURE:  # that script ends with its first client
                 raise server.failure(f"it ended on its own, with status {process.returncode}")
         if command[:2] == SERVER[:2] and process.returncode:
             raise server.failure(f"after SIGTERM it ended with status {process.returncode}")
