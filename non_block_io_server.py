@@ -70,6 +70,7 @@ PINGS = memoryview(PING * 65536)  # 256 KiB per send, because each call is expen
 READ_SIZE = 65536  # bytes per read, so that a client that sends much does not starve the others
 ACCEPTS = 16  # accepts per event, so that a burst of new clients does not starve connected ones
 BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
+WRITES = 256  # writes of an output per turn, so that a terminal does not starve the clients
 OUTPUT_LIMIT = 1024 * 1024  # an output with more bytes in its queue counts as full
 SPARE_FILES = 16  # descriptors that belong to no client: outputs, epoll, listener, signal pipe, pings
 RETRY_DELAY = 1.0  # seconds until a call that lacked a resource is tried again
@@ -121,7 +122,7 @@ class Loop:
         self.running = True
         self.epoll = epoll()
         self.tasks: dict[int, Task] = {}  # by descriptor
-        self.callers: dict[Task, Task] = {}  # by the task that each of them has called
+        self.callers: dict[int, Any] = {}  # by descriptor: (the task that has called this one, its callers)
         self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
         self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
         self.traced: dict[int, tuple[str, object]] = {}  # for --trace: name, object whose changes are logged
@@ -142,46 +143,61 @@ class Loop:
         tasks, interests = self.tasks, self.interests
         for descriptor, events in batch:
             try:
-                interest = tasks[descriptor].send(events)
-                if interest != interests[descriptor]:
-                    self.perform(descriptor, interest)
+                result = tasks[descriptor].send(events)
+                if result == interests[descriptor]:
+                    continue
             except Exception as end:
-                self.end(descriptor, end)
+                result = end
+            self.settle(descriptor, result)
 
-    def perform(self, descriptor: int, request: Any) -> None:
-        """Do what a task has yielded: wait for its interest, or run the task that it calls.
+    def settle(self, descriptor: int, result: Any) -> None:
+        """Do what a task has yielded or raised, until a task waits or the last one has ended.
 
-        A failure (no memory, too many watches, neither an interest nor a task) is raised at the task's yield.
+        An exception is raised at a yield: the exception of a called task in its caller; an error of
+        set_interest (no memory, too many watches, neither an interest nor a task) in the task itself.
         """
-        before = self.interests[descriptor]
-        try:
-            if hasattr(request, "send"):  # a task
-                self.callers[request], self.tasks[descriptor] = self.tasks[descriptor], request
-                Loop.resume(self, [(descriptor, None)])  # a part of this turn, which is traced as one
-                return
-            if before and request:
-                self.epoll.modify(descriptor, request)
-            elif request:
-                self.epoll.register(descriptor, request)
-            elif before:  # with an interest of 0, epoll would report EPOLLHUP and EPOLLERR endlessly
-                self.epoll.unregister(descriptor)
-            self.interests[descriptor] = request
-        except (OSError, TypeError, ValueError, OverflowError) as error:
-            self.perform(descriptor, self.tasks[descriptor].throw(error))
+        while True:
+            task = self.tasks[descriptor]
+            try:
+                if hasattr(result, "send"):  # a call: the called task runs in the place of this one
+                    self.callers[descriptor] = task, self.callers[descriptor]
+                    self.tasks[descriptor] = result
+                    result = result.send(None)
+                elif not isinstance(result, Exception):
+                    try:
+                        self.set_interest(descriptor, result)
+                        return
+                    except (OSError, TypeError, ValueError, OverflowError) as error:
+                        result = task.throw(error)
+                elif self.callers[descriptor]:  # the end of a call: its caller continues
+                    task, self.callers[descriptor] = self.callers[descriptor]
+                    self.tasks[descriptor] = task
+                    if isinstance(result, StopIteration):
+                        result = task.send(result.value)
+                    else:
+                        result = task.throw(result)
+                else:
+                    break
+            except Exception as end:
+                result = end
+        with suppress(OSError):  # the kernel has done so itself if the task closed its descriptor
+            self.epoll.unregister(descriptor)
+        self.interests[descriptor], self.traced[descriptor] = 0, ("", None)
+        if not isinstance(result, StopIteration):
+            raise result
 
-    def end(self, descriptor: int, reason: Exception) -> None:
-        """Return to the caller of a task that has ended, or stop watching its descriptor."""
-        failure = None if isinstance(reason, StopIteration) else reason
-        caller = self.callers.pop(self.tasks[descriptor], None)
-        if caller:
-            self.tasks[descriptor] = caller
-            Loop.resume(self, [(descriptor, failure)])
-        elif failure:
-            raise failure
+    def set_interest(self, descriptor: int, interest: int) -> None:
+        """Tell epoll what a task waits for.  Raises OSError, TypeError, ValueError or OverflowError."""
+        before = self.interests[descriptor]
+        if interest == before:
+            return
+        if interest == 0:  # with an interest of 0, epoll would report EPOLLHUP and EPOLLERR endlessly
+            self.epoll.unregister(descriptor)
+        elif before:
+            self.epoll.modify(descriptor, interest)
         else:
-            with suppress(OSError):  # the kernel has done so itself if the task closed its descriptor
-                self.epoll.unregister(descriptor)
-            self.interests[descriptor], self.traced[descriptor] = 0, ("", None)
+            self.epoll.register(descriptor, interest)
+        self.interests[descriptor] = interest
 
     def wait(self) -> Iterable[tuple[int, int]]:
         """Wait until a descriptor is ready or a timer is due; return (descriptor, events) pairs."""
@@ -211,7 +227,7 @@ class Loop:
 
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
         """Run a new task to its first yield.  --trace shows it if it has a name, and changes of `counted`."""
-        self.tasks[descriptor], self.interests[descriptor] = task, 0
+        self.tasks[descriptor], self.callers[descriptor], self.interests[descriptor] = task, None, 0
         self.traced[descriptor] = name, counted
         self.resume([(descriptor, None)])
 
@@ -247,8 +263,11 @@ class Client:
     def receive(self) -> bytes:
         """Read and print one chunk, at most READ_SIZE bytes; epoll reports the rest again.
 
-        Returns b"" if nothing has arrived, and at the end of file, which sets at_eof.  Raises OSError.
+        Returns b"" if nothing has arrived, while standard output is full, and at the end of file, which
+        sets at_eof.  Raises OSError.
         """
+        if self.messages.full:
+            return b""
         try:
             data = read(self.descriptor, READ_SIZE)
         except BlockingIOError:
@@ -385,6 +404,8 @@ def echo(client: Client) -> Task:
     descriptor, messages = client.descriptor, client.messages
     while True:
         yield 0 if messages.full else EPOLLIN
+        if messages.full:
+            continue
         size = sent = 0
         try:
             data = read(descriptor, READ_SIZE)
@@ -499,9 +520,7 @@ class Server:
                     client.at_eof = not client.sock.recv(1, socket.MSG_PEEK)
                     interest = 0  # further data waits in the kernel
             if not client.at_eof:  # else it is a port probe: it connects, sends nothing and closes
-                failure = yield self.protocol(client)  # a call: `yield from` costs more (README: Speed)
-                if failure:
-                    raise failure
+                yield self.protocol(client)  # a call: `yield from` costs more (README: Speed)
         except MemoryError:
             raise
         except Exception as error:  # the connection is broken, or the protocol has a fault
@@ -631,8 +650,9 @@ class Output:
         self.dropped = 0  # log lines
         self.failure = ""  # why nothing more is written
         self.lost = 0  # bytes that were queued and not written
+        self.deadline = 0.0  # of all calls of drain()
         if stream is not None:
-            self.descriptor, self.encoding = stream.fileno(), stream.encoding
+            self.descriptor, self.encoding = attempt(f"use {name}", stream.fileno), stream.encoding
             self.status = attempt(f"use {name}", os.fstat, self.descriptor)
             self.target, self.write_limit = nonblocking(self.descriptor)
 
@@ -674,7 +694,9 @@ class Output:
     def flush(self) -> None:
         """Write as much as the kernel accepts now.  After a failure, drop the queue and count its bytes."""
         try:
-            while self.queue and not self.failure:
+            for _ in range(WRITES):
+                if self.failure or not self.queue:
+                    break
                 if self.write_limit and not is_ready(self.descriptor, EPOLLOUT, 0.0):
                     break
                 del self.queue[: write(self.target, self.queue[: self.write_limit])]
@@ -687,11 +709,11 @@ class Output:
             self.queue.clear()
 
     def drain(self) -> None:
-        """Write everything and wait for the reader: FLUSH_TIMEOUT for each write, DRAIN_TIMEOUT for all."""
-        deadline = time.monotonic() + DRAIN_TIMEOUT
+        """Write everything and wait for the reader: FLUSH_TIMEOUT for each write, DRAIN_TIMEOUT in all."""
+        self.deadline = self.deadline or time.monotonic() + DRAIN_TIMEOUT
         self.flush()
         while self.queue:
-            if time.monotonic() > deadline or not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
+            if time.monotonic() > self.deadline or not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
                 self.failure = "has stalled"
             self.flush()
         self.full = False
@@ -921,7 +943,7 @@ def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Return function(*arguments).  An error becomes CannotContinue, with what failed and why."""
     try:
         return function(*arguments)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         raise CannotContinue(f"cannot {what}: {why(error)}") from None
 
 

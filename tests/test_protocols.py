@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import struct
 import subprocess
 import sys
 from contextlib import suppress
@@ -35,11 +36,45 @@ main(protocol=upper)
 """
 
 
+LINES = """
+from non_block_io_server import EPOLLIN, EPOLLOUT, main
+
+def read_lines(client):
+    data = b""
+    while not client.at_eof and not data.endswith(b"\\n"):
+        yield client.reading
+        data += client.receive()
+    return data.splitlines()
+
+def send_line(client, line):
+    if line == b"fault":
+        raise KeyError("fault")
+    data = line.upper() + b"\\n"
+    while data:
+        data = data[client.send(data):]
+        if data:
+            yield EPOLLOUT
+
+def lines(client):
+    while not client.at_eof:
+        for line in (yield read_lines(client)):
+            try:
+                yield send_line(client, line)
+            except KeyError:
+                yield send_line(client, b"caught")
+
+main(protocol=lines)
+"""
+
+
+def write_program(path: Path, code: str) -> str:
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+    return str(path)
+
+
 @pytest.fixture
 def program(tmp_path: Path) -> str:
-    path = tmp_path / "upper.py"
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{UPPER}")
-    return str(path)
+    return write_program(tmp_path / "upper.py", UPPER)
 
 
 def test_a_protocol_runs_with_the_same_options(start: Start, program: str) -> None:
@@ -95,6 +130,46 @@ def test_a_protocol_that_fails_ends_that_connection_only(start: Start, program: 
         clients[0].sendall(b"hello")
         assert read_exactly(clients[0], 5) == b"HELLO"
         clients.append(server.seat())
+    server.stop()
+
+
+def test_a_task_calls_tasks_and_gets_their_values_and_exceptions(start: Start, tmp_path: Path) -> None:
+    server = start("--wait-for", "1", program=write_program(tmp_path / "lines.py", LINES))
+    client = server.seat()
+    client.sendall(b"one\nfault\ntwo\n")
+    assert read_exactly(client, 15) == b"ONE\nCAUGHT\nTWO\n"
+    client.sendall(b"x\n" * 5000)  # in one turn, more calls than Python's limit of recursion
+    assert read_exactly(client, 10_000) == b"X\n" * 5000
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    server.err.wait_for("^client 1 was reset: ")
+    server.stop()
+
+
+@pytest.mark.parametrize("options", [[], ["--trace"]])
+@pytest.mark.parametrize("fault", ["yield", "yield 'events'", "yield []", "yield 1.5", "yield client.sock"])
+def test_a_protocol_that_yields_no_interest_ends_that_connection_only(
+    start: Start, tmp_path: Path, fault: str, options: list[str]
+) -> None:
+    code = f"from non_block_io_server import main\ndef wrong(client):\n    while True:\n        {fault}\n"
+    program = write_program(tmp_path / "wrong.py", f"{code}main(protocol=wrong)\n")
+    server = start("--wait-for", "1", *options, program=program)
+    for number in (1, 2):
+        with server.seat() as client, pytest.raises(ConnectionResetError):
+            client.recv(1)
+        server.err.wait_for(rf"^client {number} was lost \(.*(Type|Attribute)Error.*\): 0 bytes received, ")
+    server.stop()
+
+
+def test_a_protocol_that_is_no_generator_function_ends_that_connection_only(
+    start: Start, tmp_path: Path
+) -> None:
+    code = "from non_block_io_server import main\ndef plain(client):\n    client.send(b'hello')\n"
+    server = start(
+        "--wait-for", "1", program=write_program(tmp_path / "plain.py", f"{code}main(protocol=plain)")
+    )
+    server.seat()
+    server.err.wait_for(r"^client 1 was lost \(TypeError.*\): 0 bytes received, 5 bytes sent, ")
     server.stop()
 
 
