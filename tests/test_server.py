@@ -747,6 +747,39 @@ def test_a_slow_reader_does_not_delay_the_end_for_long(start: Start, failing: Fa
     assert re.search(" has stalled: [0-9,]+ bytes not written\n", server.ended(0))
 
 
+def test_a_slow_reader_delays_the_end_once_not_for_each_client(start: Start, failing: Failing) -> None:
+    constants = "server.DRAIN_TIMEOUT, server.OUTPUT_LIMIT = 0.5, 50_000"
+    server = start("--connections", "41", program=failing.program(constants), paused=True)
+    for _ in range(40):
+        server.seat().sendall(LINES[:100_000])
+    server.settled()  # they wait for one more client
+    server.process.send_signal(signal.SIGTERM)
+    assert server.out is not None
+    while server.process.poll() is None:  # the reader needs a second and more for everything
+        os.read(server.out.pipe.fileno(), 16384)
+        time.sleep(0.005)
+    assert re.search(" has stalled: [0-9,]+ bytes not written\n", server.ended(0))
+
+
+@pytest.mark.parametrize("options", [[], ["--echo"]])
+def test_a_full_output_reads_no_client_that_was_idle_before(
+    start: Start, failing: Failing, options: list[str]
+) -> None:
+    program = failing.program("server.OUTPUT_LIMIT = 10_000")
+    server = start("--connections", "101", "--wait-for", "101", *options, program=program, paused=True)
+    idle = [server.seat() for _ in range(100)]
+    fill(server, server.seat())
+    memory = server.status("VmRSS")
+    for client in idle:
+        client.sendall(bytes(60_000))  # a byte needs four when it is printed
+    server.settled()
+    assert server.status("VmRSS") - memory < 4_000, "kB"
+    assert server.out is not None
+    server.out.going.set()
+    server.stop()
+    assert server.out.rest().count("\\x00") == 6_000_000
+
+
 def test_everything_is_written_before_the_end(start: Start) -> None:
     server = start(paused=True)
     writer, _ = server.seat(), server.seat()
