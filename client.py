@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 HOST, PORT = "127.0.0.1", 10001
 STANDARD_INPUT = 0  # the descriptor
 SIZE = 256 * 1024  # bytes of one chunk
-QUIET = 0.1  # seconds without a new line until the user gets an answer and a prompt
+QUIET = 0.1  # seconds after a typed line until data is received, and again until the answer and prompt
 SILENCE = 1.0  # seconds without a byte from the server until a notice reports that
 GRACE = 0.8  # seconds to close gracefully after a signal
 SHORT_GRACE = 0.1  # seconds after a second signal; not 0, because timeout(1) may send one signal twice
@@ -99,6 +99,7 @@ class Conversation:
         """Exchange data and write the summary; return the exit status."""
         self.exchange()
         connection, output = self.connection, self.dialogue.output
+        self.dialogue.show(connection.parser.held, final=True)  # the end has cut this ping
         if output.failure and not self.signals:  # Ctrl-C also ends the program that reads the output
             connection.fail(f"standard output can no longer be written: {output.failure}")
         if connection.unsent:
@@ -108,7 +109,7 @@ class Conversation:
         lost = f"{count(len(output.unwritten), 'byte')} not written" if output.unwritten else ""
         summary = "; ".join(filter(None, [connection.failure, connection.summary(), lost]))
         self.dialogue.finish(f"{summary}\n", self.signals > 0)
-        self.exchange()  # until the summary is written
+        self.exchange()  # the same loop, now only until the summary is written
         return 1 if connection.failure else 0
 
     def exchange(self) -> None:
@@ -140,17 +141,17 @@ class Conversation:
     def wait(self) -> tuple[list[Any], list[Any]]:
         """Wait for descriptors, a signal or a time; return the ready (readable, writable) ones."""
         connection, dialogue, now = self.connection, self.dialogue, time.monotonic()
-        is_paste = now < dialogue.idle_since
+        may_be_paste = now < dialogue.idle_since
         reads: list[Any] = [self.wakeup]
         outputs = dialogue.output, dialogue.errors
         writes: list[Any] = [output.descriptor for output in outputs if output.unwritten]
-        if not (connection.at_eof or dialogue.output.unwritten or is_paste):
+        if not (connection.at_eof or dialogue.output.unwritten or may_be_paste):
             reads.append(connection.sock)
         if connection.unsent or (connection.input_ended and not connection.half_closed):
             writes.append(connection.sock)
         elif not connection.input_ended:
             reads.append(STANDARD_INPUT)
-        until = min(self.deadline, dialogue.idle_since if is_paste else dialogue.due())
+        until = min(self.deadline, dialogue.idle_since if may_be_paste else dialogue.due())
         timeout = None if until == NEVER else max(until - now, 0)
         return select.select(reads, writes, [], timeout)[:2]
 
@@ -187,6 +188,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
         sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # an urgent byte keeps its place
         self.sock, self.raw = sock, raw
         self.unsent = memoryview(messages)
         self.input_ended = bool(messages)  # no more standard input is read
@@ -245,9 +247,7 @@ class Connection:
         self.received, self.at_eof = self.received + len(chunk), not chunk
         if self.at_eof and (self.unsent or not self.input_ended):
             self.fail("the server has ended the conversation")
-        if self.raw:
-            return chunk
-        return self.parser.feed(chunk) if chunk else self.parser.held
+        return chunk if self.raw else self.parser.feed(chunk)
 
     def fail(self, failure: str) -> None:
         """Send nothing more but our end of file.  The summary reports the first failure."""
@@ -323,10 +323,10 @@ class Dialogue:
             self.row, self.asked = "", True
         self.idle_since = time.monotonic() + (QUIET if self.interactive else 0.0)
 
-    def show(self, data: bytes) -> None:
-        """Write received data."""
+    def show(self, data: bytes, final: bool = False) -> None:
+        """Write received data; `final` means that no more data follows."""
         if self.terminal_text:
-            data = self.terminal_text.feed(data, self.connection.at_eof).encode()
+            data = self.terminal_text.feed(data, final).encode()
         if data and self.terminal:
             if self.row == PROMPT:
                 data = b"\n" + data
@@ -477,7 +477,7 @@ def main() -> int:
     try:
         while os.open(os.devnull, os.O_RDWR) <= 2:  # a closed standard stream must not become the socket
             pass
-        sock = connect(options.host, options.port)
+        sock = connect(options.host.strip("[]"), options.port)  # the server shows an IPv6 address in brackets
     except (OSError, UnicodeError) as error:
         hint = "; is the server running?" if isinstance(error, ConnectionRefusedError) else ""
         sys.exit(f"cannot connect to {options.host}, port {options.port}: {reason(error)}{hint}")

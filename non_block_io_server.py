@@ -12,7 +12,8 @@ The answer is an event loop.  Wait for all descriptors in one call.  Then make o
 
 A task is a generator that owns one descriptor.  It reads like a program that blocks, with a `yield`
 wherever that program would block.  It yields its interest (the mask of the events that it waits for),
-and the loop resumes it with the events that epoll reports.  It can also yield another task, to call
+and the loop resumes it with the events that epoll reports, or with 0 when another task or a timer wakes
+it (Loop.wake).  It can also yield another task, to call
 it: the loop resumes that task in its place until that task ends (PEP 342: a trampoline).
 
     task            waits for                           when it is resumed
@@ -26,7 +27,7 @@ it: the loop resumes that task in its place until that task ends (PEP 342: a tra
     Output.run      EPOLLOUT, while it is stalled       writes queued text
     stop_signal     EPOLLIN                             ends the loop
 
-With no option this is the lecture's server: it accepts two clients, then serves both.
+With no option, the server waits for two clients, then serves both.  It runs until a signal.
 Messages go to standard output, everything else to standard error.
 """
 
@@ -60,7 +61,7 @@ TYPE_CHECKING = False  # as in typing, whose import would make the start slower
 if TYPE_CHECKING:
     from typing import Any, Callable, Generator, Iterable, TextIO
 
-    Task = Generator[Any, Any, None]  # yields interests or tasks to call, is sent events
+    Task = Generator[Any, Any, None]  # yields an interest or a task to call; is sent events
     Protocol = Callable[["Client"], Task]
 
 # -------------------------------------------------------------------- constants
@@ -70,7 +71,7 @@ PINGS = memoryview(PING * 65536)  # 256 KiB per send, because each call is expen
 READ_SIZE = 65536  # bytes per read, so that a client that sends much does not starve the others
 ACCEPTS = 16  # accepts per event, so that a burst of new clients does not starve connected ones
 BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
-WRITES = 256  # writes of an output per turn, so that a terminal does not starve the clients
+WRITES = 256  # writes of an output per event, so that a slow terminal does not starve the clients
 OUTPUT_LIMIT = 1024 * 1024  # an output with more bytes in its queue counts as full
 SPARE_FILES = 16  # descriptors that belong to no client: outputs, epoll, listener, signal pipe, pings
 RETRY_DELAY = 1.0  # seconds until a call that lacked a resource is tried again
@@ -122,7 +123,7 @@ class Loop:
         self.running = True
         self.epoll = epoll()
         self.tasks: dict[int, Task] = {}  # by descriptor
-        self.callers: dict[int, Any] = {}  # by descriptor: (the task that has called this one, its callers)
+        self.callers: dict[int, Any] = {}  # by descriptor: (caller, callers of the caller), or None
         self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
         self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
         self.traced: dict[int, tuple[str, object]] = {}  # for --trace: name, object whose changes are logged
@@ -458,7 +459,7 @@ class Server:
         """The listener's task: accept connections while a seat is free; others wait in the backlog."""
         reported = ""
         while True:
-            try:
+            try:  # an error of epoll_ctl(2) is also raised here, at the yield
                 yield EPOLLIN if len(self.clients) < self.seats else 0
                 for _ in range(min(ACCEPTS, self.seats - len(self.clients))):
                     sock, address = self.listener.accept()
@@ -556,25 +557,30 @@ class Server:
 
     def finish_client(self, client: Client, deadline: float) -> None:
         """Serve all data that has arrived, and data that follows before the deadline; complete a cut ping."""
+
+        def progress(client: Client) -> int:
+            """Return a number that grows while data is served.  A protocol may send endlessly."""
+            return client.received + min(client.sent, client.received)
+
         arrived, stuck = client.received + client.unread(), False
         while client.received < arrived or time.monotonic() < deadline:
             if self.messages.full:
                 self.messages.drain()
-            before = client.received + client.sent
+            before = progress(client)
             if stuck:
                 client.receive()  # printed, but never served: after this, the stream would have a gap
             else:
                 self.loop.resume([(client.descriptor, EPOLLIN)])
                 if client.descriptor not in self.clients:
                     return
-            if client.received + client.sent == before:
+            if progress(client) == before:
                 if stuck or self.loop.interests[client.descriptor] & EPOLLIN:
                     break  # nothing more has arrived
                 stuck = True  # such as an echo whose client does not read
         client.show(b"", final=True)
         cut = client.sent % self.unit_size
         if cut:
-            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # no limit
+            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # space for the rest
             client.send(PING[cut:])
         waits_for = self.loop.interests[client.descriptor]
         if client.sent % self.unit_size or (self.unit == "byte" and waits_for == EPOLLOUT):
@@ -622,8 +628,8 @@ def listen_on(family: int, address: Any, options: Any) -> socket.socket:
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # after 60 s of silence,
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),  # probes it every 10 s,
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),  # 6 times
-        (socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 10000),  # the same for data that it does not acknowledge
-        (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::"),
+        (socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 10000),  # also detects one that does not acknowledge data
+        (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::"),  # :: also accepts IPv4
     ):
         try:
             sock.setsockopt(level, option, value)
@@ -650,7 +656,7 @@ class Output:
         self.dropped = 0  # log lines
         self.failure = ""  # why nothing more is written
         self.lost = 0  # bytes that were queued and not written
-        self.deadline = 0.0  # of all calls of drain()
+        self.deadline = 0.0  # when drain() gives up; its first call sets it
         if stream is not None:
             self.descriptor, self.encoding = attempt(f"use {name}", stream.fileno), stream.encoding
             self.status = attempt(f"use {name}", os.fstat, self.descriptor)
@@ -660,7 +666,7 @@ class Output:
         """Queue text.  The caller must check `full` first, because the queue has no limit."""
         if self.open and text:
             if not self.queue:
-                self.loop.wake([self.descriptor])  # everything is written after this batch of events
+                self.loop.wake([self.descriptor])  # run() writes it after this batch of events
             self.queue += text.encode(self.encoding, "backslashreplace")
             self.full = self.full or len(self.queue) > OUTPUT_LIMIT
 
@@ -709,7 +715,7 @@ class Output:
             self.queue.clear()
 
     def drain(self) -> None:
-        """Write everything and wait for the reader: FLUSH_TIMEOUT for each write, DRAIN_TIMEOUT in all."""
+        """Write everything; wait FLUSH_TIMEOUT for each write, DRAIN_TIMEOUT in all, then drop the rest."""
         self.deadline = self.deadline or time.monotonic() + DRAIN_TIMEOUT
         self.flush()
         while self.queue:
@@ -733,9 +739,9 @@ def nonblocking(descriptor: int) -> tuple[int, int | None]:
 
 def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
     """Wait up to `timeout` seconds for one descriptor; poll(2) also accepts files and uses epoll's bits."""
-    waiting = poll()
-    waiting.register(descriptor, interest)
-    return bool(waiting.poll(timeout * 1000))
+    poller = poll()
+    poller.register(descriptor, interest)
+    return bool(poller.poll(timeout * 1000))
 
 
 # -------------------------------------------------------------------- the stop signal
@@ -751,7 +757,7 @@ def catch_signals() -> int:
     return reader
 
 
-def ignore_signals() -> None:
+def block_signals() -> None:
     """Block further stop signals, because Python's own exit would let them change the exit status."""
     with suppress(OSError):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -759,7 +765,7 @@ def ignore_signals() -> None:
 
 def stop_signal(loop: Loop) -> Task:
     """The signal pipe's task: end the loop after the current batch of events."""
-    while not (yield EPOLLIN):  # the pipe is never drained: its first byte ends the loop
+    while not (yield EPOLLIN):  # the pipe is never drained: its first byte ends the loop; 0 does not
         pass
     loop.running = False
 
@@ -853,7 +859,13 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=10001, metavar="N", help="port; 0 is any free one (default: %(default)s)")
+    add(
+        "--port",
+        type=int,
+        default=10001,
+        metavar="PORT",
+        help="port; 0 is any free one (default: %(default)s)",
+    )
     add("--connections", type=int, default=2, metavar="N", help="number of seats (default: %(default)s)")
     add("--wait-for", type=int, metavar="M", help="start serving when M clients are connected (default: N)")
     kind = parser.add_mutually_exclusive_group()
@@ -872,7 +884,7 @@ def arguments() -> argparse.Namespace:
     if options.every is not None and not 0 < options.every < float("inf"):
         parser.error("argument --every: must be a positive, finite number of seconds")
     if options.host == "*":
-        parser.error("argument --host: for every address use 0.0.0.0 (IPv4) or :: (IPv6 also)")
+        parser.error("argument --host: for every address use 0.0.0.0 (IPv4) or :: (also IPv6)")
     options.host = (options.host or "0.0.0.0").strip("[]")  # the first line shows an IPv6 address in brackets
     return options
 
@@ -888,7 +900,7 @@ def main(protocol: Protocol = flood) -> None:
             sys.exit(NO_EPOLL)
         sys.exit(run(options, echo if options.echo else heartbeat if options.every else protocol))
     except CannotContinue as failure:
-        ignore_signals()
+        block_signals()
         sys.exit(str(failure))
     except KeyboardInterrupt:  # before SIGINT is caught
         print("stopped: 0 clients served, 0 bytes received, 0 bytes sent", file=sys.stderr)
@@ -929,7 +941,7 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
     except MemoryError:
         failure = OUT_OF_MEMORY.decode()
         server.clients.clear()  # nothing more is read
-    ignore_signals()
+    block_signals()
     server.finish()
     log.write(f"{failure or server.summary()}\n")
     messages.drain()

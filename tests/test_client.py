@@ -607,6 +607,34 @@ def test_a_signal_that_is_sent_twice_ends_it_gracefully(launch: Launch) -> None:
     assert client.line(0) == "sent 1 message, 2 bytes; received 1 ping"
 
 
+@pytest.mark.parametrize("stdout", [PIPE, TTY], ids=["pipe", "terminal"])
+def test_a_signal_shows_a_part_of_a_ping(launch: Launch, stdout: Any) -> None:
+    client = launch(stdin=PIPE, stdout=stdout, before=SHORT_TIMEOUTS)
+    client.server.sendall(b"pingpi")
+    client.settled()
+    client.process.send_signal(signal.SIGTERM)
+    assert client.line(0) == "sent 0 messages, 0 bytes; received 1 ping, 2 other bytes"
+    assert client.shown() == b"pi"
+
+
+def test_a_signal_shows_a_part_of_a_character(launch: Launch) -> None:
+    client = launch(stdin=PIPE, stdout=TTY, before=SHORT_TIMEOUTS)
+    client.server.sendall(b"caf\xc3")
+    client.messages("caf")
+    client.process.send_signal(signal.SIGTERM)
+    client.ended(0)
+    assert client.shown().decode() == "caf\ufffd"
+
+
+def test_an_urgent_byte_keeps_its_place(launch: Launch) -> None:
+    client = launch()
+    for data, flags in (b"a", 0), (b"b", socket.MSG_OOB), (b"c\n", 0):
+        client.server.send(data, flags)
+    client.messages("^abc$")
+    client.answer(b"")
+    client.ended(0)
+
+
 def test_unsent_data_after_a_signal_is_reported(launch: Launch) -> None:
     with open("/dev/zero", "rb") as endless:
         client = launch(stdin=endless, before=SHORT_TIMEOUTS)
@@ -791,9 +819,9 @@ def test_wrong_usage_ends_it_with_status_2(launch: Launch, usage: str) -> None:
     assert launch(usage, port=1).ended(2).startswith("usage: ")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.2", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "[127.0.0.1]"])
 def test_connects_to_another_host(launch: Launch, host: str) -> None:
-    client = launch("--host", host, "hello", host=host)
+    client = launch("--host", host, "hello", host=host.strip("[]"))
     assert client.answer(b"") == b"hello\n"
     client.ended(0)
 

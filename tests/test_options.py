@@ -558,7 +558,7 @@ def test_each_bound_is_allowed(monkeypatch: pytest.MonkeyPatch, options: str) ->
         ),
         ("--every soon", "argument --every: invalid float value: 'soon'"),
         ("--echo --every 1", "argument --every: not allowed with argument --echo"),
-        ("--host *", "argument --host: for every address use 0.0.0.0 (IPv4) or :: (IPv6 also)"),
+        ("--host *", "argument --host: for every address use 0.0.0.0 (IPv4) or :: (also IPv6)"),
         ("--unknown", "unrecognized arguments: --unknown"),
         ("extra", "unrecognized arguments: extra"),
     ],
