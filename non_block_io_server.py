@@ -126,7 +126,6 @@ class Loop:
         self.callers: dict[int, Any] = {}  # by descriptor: (caller, callers of the caller), or None
         self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
         self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
-        self.traced: dict[int, tuple[str, object]] = {}  # for --trace: name, object whose changes are logged
 
     def run(self) -> None:
         """Resume tasks until `running` is false."""
@@ -183,7 +182,7 @@ class Loop:
                 result = end
         with suppress(OSError):  # the kernel has done so itself if the task closed its descriptor
             self.epoll.unregister(descriptor)
-        self.interests[descriptor], self.traced[descriptor] = 0, ("", None)
+        self.interests[descriptor] = 0
         if not isinstance(result, StopIteration):
             raise result
 
@@ -229,7 +228,6 @@ class Loop:
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
         """Run a new task to its first yield.  --trace shows it if it has a name, and changes of `counted`."""
         self.tasks[descriptor], self.callers[descriptor], self.interests[descriptor] = task, None, 0
-        self.traced[descriptor] = name, counted
         self.resume([(descriptor, None)])
 
 
@@ -777,11 +775,20 @@ class TracedLoop(Loop):
     """A loop that logs what it does (--trace): a cause first, then its effects, indented."""
 
     log: Output  # run() sets it before the first task starts
-    start_time = time.monotonic()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start_time = time.monotonic()
+        self.traced: dict[int, tuple[str, object]] = {}  # by descriptor: see start()
 
     def trace(self, text: str) -> None:
         """Log a line: the seconds since the start, and the text."""
         self.log.write_line(f"{time.monotonic() - self.start_time:8.3f}  {text}")
+
+    def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
+        """Start a task; later, log it under this name (if any), with the changes of `counted`."""
+        self.traced[descriptor] = name, counted
+        super().start(name, descriptor, task, counted)
 
     def wait(self) -> Iterable[tuple[int, int]]:
         """Wait; log how many descriptors are ready and how long that took."""
@@ -791,10 +798,16 @@ class TracedLoop(Loop):
             self.trace(f"epoll_wait: {len(ready)} ready after {time.monotonic() - before:.3f} s")
         return ready
 
+    def has_ended(self, descriptor: int) -> bool:
+        """Return whether the descriptor's task has ended: a generator then has no frame."""
+        return getattr(self.tasks[descriptor], "gi_frame", True) is None
+
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
         """Resume tasks; log which one is resumed and why, then its effects."""
         for descriptor, events in batch:
             name, counted = self.traced[descriptor]
+            if self.has_ended(descriptor):  # by an earlier event of the batch
+                continue
             if name and events is not None:
                 self.trace(f"{'' if name == 'beat' else '  '}{name}: {event_names(events) or 'resumed'}")
             counters = getattr(counted, "__dict__", {})
@@ -806,7 +819,7 @@ class TracedLoop(Loop):
             if changed:
                 self.trace("    " + ", ".join(EFFECTS[key](before[key], counters[key]) for key in changed))
             self.log.queue += later
-            if self.traced[descriptor][0] and self.interests[descriptor] != interest:
+            if name and not self.has_ended(descriptor) and self.interests[descriptor] != interest:
                 waits_for = event_names(self.interests[descriptor]) or "nothing"
                 self.trace(f"    epoll_ctl: {name} waits for {waits_for}")
 
