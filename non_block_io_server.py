@@ -347,6 +347,7 @@ def escape(line: str) -> str:
     """
 
     def escaped(found: re.Match[str]) -> str:
+        """Return a joiner between two visible characters as it is, and other characters escaped."""
         if found[0] in JOINERS:
             before, after = line[found.start() - 1 : found.start()], line[found.end() : found.end() + 1]
             if (before + after).isprintable() and before.strip() and after.strip():
@@ -556,7 +557,7 @@ class Server:
     def finish_client(self, client: Client, deadline: float) -> None:
         """Serve all data that has arrived, and data that follows before the deadline; complete a cut ping."""
 
-        def progress(client: Client) -> int:
+        def progress() -> int:
             """Return a number that grows while data is served.  A protocol may send endlessly."""
             return client.received + min(client.sent, client.received)
 
@@ -564,14 +565,14 @@ class Server:
         while client.received < arrived or time.monotonic() < deadline:
             if self.messages.full:
                 self.messages.drain()
-            before = progress(client)
+            before = progress()
             if stuck:
                 client.receive()  # printed, but never served: after this, the stream would have a gap
             else:
                 self.loop.resume([(client.descriptor, EPOLLIN)])
                 if client.descriptor not in self.clients:
                     return
-            if progress(client) == before:
+            if progress() == before:
                 if stuck or self.loop.interests[client.descriptor] & EPOLLIN:
                     break  # nothing more has arrived
                 stuck = True  # such as an echo whose client does not read
