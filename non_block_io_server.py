@@ -718,7 +718,9 @@ class Output:
         self.deadline = self.deadline or time.monotonic() + DRAIN_TIMEOUT
         self.flush()
         while self.queue:
-            if time.monotonic() > self.deadline or not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
+            if time.monotonic() > self.deadline:
+                self.failure = "is too slow"
+            elif not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
                 self.failure = "has stalled"
             self.flush()
         self.full = False

@@ -744,7 +744,7 @@ def test_a_slow_reader_does_not_delay_the_end_for_long(start: Start, failing: Fa
     while server.process.poll() is None:  # the reader reads slowly, but does not stop
         os.read(server.out.pipe.fileno(), 4096)
         time.sleep(0.02)
-    assert re.search(" has stalled: [0-9,]+ bytes not written\n", server.ended(0))
+    assert re.search(" is too slow: [0-9,]+ bytes not written\n", server.ended(0))
 
 
 def test_a_slow_reader_delays_the_end_once_not_for_each_client(start: Start, failing: Failing) -> None:
@@ -758,7 +758,7 @@ def test_a_slow_reader_delays_the_end_once_not_for_each_client(start: Start, fai
     while server.process.poll() is None:  # the reader needs a second and more for everything
         os.read(server.out.pipe.fileno(), 16384)
         time.sleep(0.005)
-    assert re.search(" has stalled: [0-9,]+ bytes not written\n", server.ended(0))
+    assert re.search(" is too slow: [0-9,]+ bytes not written\n", server.ended(0))
 
 
 @pytest.mark.parametrize("options", [[], ["--echo"]])
