@@ -245,6 +245,8 @@ class Client:
     the next read or write raises the error.
     """
 
+    __slots__ = "__dict__", "received", "sent"  # counters in slots: fewer cache misses with many clients
+
     def __init__(self, server: Server, sock: socket.socket, name: str, address: str) -> None:
         self.server, self.messages, self.name = server, server.messages, name
         self.sock, self.descriptor = sock, sock.fileno()
@@ -403,9 +405,9 @@ def echo(client: Client) -> Task:
     # For speed, this repeats the code of client.receive() and client.send() (README: Speed).
     descriptor, messages = client.descriptor, client.messages
     while True:
-        yield 0 if messages.full else EPOLLIN
-        if messages.full:
-            continue
+        yield EPOLLIN
+        while messages.full:
+            yield 0
         size = sent = 0
         try:
             data = read(descriptor, READ_SIZE)
@@ -423,6 +425,7 @@ def echo(client: Client) -> Task:
         while sent < size:
             yield EPOLLOUT
             sent += client.send(data[sent:])
+        data = b""  # an idle client keeps no chunk in memory
 
 
 def heartbeat(client: Client) -> Task:
@@ -813,14 +816,15 @@ class TracedLoop(Loop):
                 continue
             if name and events is not None:
                 self.trace(f"{'' if name == 'beat' else '  '}{name}: {event_names(events) or 'resumed'}")
-            counters = getattr(counted, "__dict__", {})
-            before, interest, place = counters.copy(), self.interests[descriptor], len(self.log.queue)
+            before = [getattr(counted, key, None) for key in EFFECTS]
+            interest, place = self.interests[descriptor], len(self.log.queue)
             super().resume([(descriptor, events)])
             later = self.log.queue[place:]  # the lines that the task itself has logged
             del self.log.queue[place:]
-            changed = [key for key in EFFECTS if key in counters and counters[key] != before[key]]
-            if changed:
-                self.trace("    " + ", ".join(EFFECTS[key](before[key], counters[key]) for key in changed))
+            changes = zip(before, [getattr(counted, key, None) for key in EFFECTS], EFFECTS.values())
+            effects = [text(old, new) for old, new, text in changes if old != new]
+            if effects:
+                self.trace(f"    {', '.join(effects)}")
             self.log.queue += later
             if name and not self.has_ended(descriptor) and self.interests[descriptor] != interest:
                 waits_for = event_names(self.interests[descriptor]) or "nothing"

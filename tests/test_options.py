@@ -385,6 +385,16 @@ def test_a_client_at_its_end_of_file_gets_no_more_beats(start: Start) -> None:
     server.err.wait_for("^client 1 left: 0 bytes received, ")
 
 
+def test_an_idle_client_keeps_no_chunk_in_memory(start: Start) -> None:
+    server = start("--echo", "--quiet", "--connections", "200", "--wait-for", "1")
+    clients = [server.seat() for _ in range(200)]
+    memory = server.status("VmRSS")
+    for client in clients:
+        client.sendall(DATA[:50_000])
+        assert read_exactly(client, 50_000) == DATA[:50_000]
+    assert server.status("VmRSS") - memory < 2_000, "kB"
+
+
 def test_an_unread_heartbeat_stays_bounded(start: Start) -> None:
     server = start(
         "--every", "0.001", "--connections", "300", "--wait-for", "300", preexec_fn=limited(1024, 1024)
