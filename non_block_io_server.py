@@ -245,8 +245,6 @@ class Client:
     the next read or write raises the error.
     """
 
-    __slots__ = "__dict__", "received", "sent"  # counters in slots: fewer cache misses with many clients
-
     def __init__(self, server: Server, sock: socket.socket, name: str, address: str) -> None:
         self.server, self.messages, self.name = server, server.messages, name
         self.sock, self.descriptor = sock, sock.fileno()
