@@ -123,7 +123,7 @@ class Loop:
         self.running = True
         self.epoll = epoll()
         self.tasks: dict[int, Task] = {}  # by descriptor
-        self.callers: dict[int, Any] = {}  # by descriptor: (caller, callers of the caller), or None
+        self.callers: dict[int, list[Task]] = {}  # by descriptor: tasks whose call has not returned
         self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
         self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
 
@@ -154,30 +154,26 @@ class Loop:
         """Do what a task has yielded or raised, until a task waits or the last one has ended.
 
         An exception is raised at a yield: the exception of a called task in its caller; an error of
-        set_interest (no memory, too many watches, neither an interest nor a task) in the task itself.
+        set_interest in the task itself.
         """
-        while True:
-            task = self.tasks[descriptor]
+        callers = self.callers[descriptor]
+        while callers or not isinstance(result, Exception):
             try:
-                if hasattr(result, "send"):  # a call: the called task runs in the place of this one
-                    self.callers[descriptor] = task, self.callers[descriptor]
-                    self.tasks[descriptor] = result
-                    result = result.send(None)
-                elif not isinstance(result, Exception):
-                    try:
-                        self.set_interest(descriptor, result)
-                        return
-                    except (OSError, TypeError, ValueError, OverflowError) as error:
-                        result = task.throw(error)
-                elif self.callers[descriptor]:  # the end of a call: its caller continues
-                    task, self.callers[descriptor] = self.callers[descriptor]
-                    self.tasks[descriptor] = task
+                if isinstance(result, Exception):  # a call has ended: its caller continues
+                    task = self.tasks[descriptor] = callers.pop()
                     if isinstance(result, StopIteration):
                         result = task.send(result.value)
                     else:
                         result = task.throw(result)
+                elif hasattr(result, "send"):  # a call: the called task runs in the place of this one
+                    callers.append(self.tasks[descriptor])
+                    self.tasks[descriptor] = result
+                    result = result.send(None)
                 else:
-                    break
+                    callers.append(self.tasks[descriptor])  # an error is raised there, as if by a call
+                    self.set_interest(descriptor, result)
+                    callers.pop()
+                    return
             except Exception as end:
                 result = end
         with suppress(OSError):  # the kernel has done so itself if the task closed its descriptor
@@ -187,7 +183,11 @@ class Loop:
             raise result
 
     def set_interest(self, descriptor: int, interest: int) -> None:
-        """Tell epoll what a task waits for.  Raises OSError, TypeError, ValueError or OverflowError."""
+        """Tell epoll what a task waits for.
+
+        Raises OSError (no memory, too many watches); TypeError, ValueError or OverflowError if a task has
+        yielded neither an interest nor a task.
+        """
         before = self.interests[descriptor]
         if interest == before:
             return
@@ -227,7 +227,7 @@ class Loop:
 
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
         """Run a new task to its first yield.  --trace shows it if it has a name, and changes of `counted`."""
-        self.tasks[descriptor], self.callers[descriptor], self.interests[descriptor] = task, None, 0
+        self.tasks[descriptor], self.callers[descriptor], self.interests[descriptor] = task, [], 0
         self.resume([(descriptor, None)])
 
 
@@ -562,21 +562,17 @@ class Server:
             """Return a number that grows while data is served.  A protocol may send endlessly."""
             return client.received + min(client.sent, client.received)
 
-        arrived, stuck = client.received + client.unread(), False
-        while client.received < arrived or time.monotonic() < deadline:
-            if self.messages.full:
-                self.messages.drain()
+        arrived, before = client.received + client.unread(), -1
+        while progress() > before and (client.received < arrived or time.monotonic() < deadline):
             before = progress()
-            if stuck:
-                client.receive()  # printed, but never served: after this, the stream would have a gap
-            else:
-                self.loop.resume([(client.descriptor, EPOLLIN)])
-                if client.descriptor not in self.clients:
-                    return
-            if progress() == before:
-                if stuck or self.loop.interests[client.descriptor] & EPOLLIN:
-                    break  # nothing more has arrived
-                stuck = True  # such as an echo whose client does not read
+            self.messages.drain()
+            self.loop.resume([(client.descriptor, EPOLLIN)])
+            if client.descriptor not in self.clients:
+                return
+        while client.received < arrived:  # an echo that its client does not read: print, but do not serve
+            self.messages.drain()
+            if not client.receive():
+                break
         client.show(b"", final=True)
         cut = client.sent % self.unit_size
         if cut:
@@ -877,13 +873,7 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: %(default)s)")
-    add(
-        "--port",
-        type=int,
-        default=10001,
-        metavar="PORT",
-        help="port; 0 is any free one (default: %(default)s)",
-    )
+    add("--port", type=int, default=10001, help="port; 0 is any free one (default: %(default)s)")
     add("--connections", type=int, default=2, metavar="N", help="number of seats (default: %(default)s)")
     add("--wait-for", type=int, metavar="M", help="start serving when M clients are connected (default: N)")
     kind = parser.add_mutually_exclusive_group()
