@@ -13,8 +13,8 @@ The answer is an event loop.  Wait for all descriptors in one call.  Then make o
 A task is a generator that owns one descriptor.  It reads like a program that blocks, with a `yield`
 wherever that program would block.  It yields its interest (the mask of the events that it waits for),
 and the loop resumes it with the events that epoll reports, or with 0 when another task or a timer wakes
-it (Loop.wake).  It can also yield another task, to call
-it: the loop resumes that task in its place until that task ends (PEP 342: a trampoline).
+it (Loop.wake).  A task can also yield another task.  This is a call: the loop runs the called task until
+it ends, then resumes the caller (PEP 342: a trampoline).
 
     task            waits for                           when it is resumed
     --------------  ----------------------------------  -----------------------------------
@@ -54,7 +54,7 @@ try:
     from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, PIPE_BUF, epoll, poll
 
     STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-except (ImportError, AttributeError):  # not Linux: a program can import this module, but not run main()
+except (ImportError, AttributeError):  # not Linux: the module can be imported; main() prints NO_EPOLL
     epoll = None  # type: ignore[assignment, misc]
 
 TYPE_CHECKING = False  # as in typing, whose import would make the start slower
@@ -68,13 +68,13 @@ if TYPE_CHECKING:
 
 PING = b"ping"
 PINGS = memoryview(PING * 65536)  # 256 KiB per send, because each call is expensive
-READ_SIZE = 65536  # bytes per read, so that a client that sends much does not starve the others
+READ_SIZE = 65536  # bytes per read, so that a client that sends a lot does not starve the others
 ACCEPTS = 16  # accepts per event, so that a burst of new clients does not starve connected ones
 BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
 WRITES = 256  # writes of an output per event, so that a slow terminal does not starve the clients
 OUTPUT_LIMIT = 1024 * 1024  # an output with more bytes in its queue counts as full
 SPARE_FILES = 16  # descriptors that belong to no client: outputs, epoll, listener, signal pipe, pings
-RETRY_DELAY = 1.0  # seconds until a call that lacked a resource is tried again
+RETRY_DELAY = 1.0  # seconds before a call that failed for lack of a resource is tried again
 FLUSH_TIMEOUT = 1.0  # seconds to wait for a stalled output at shutdown
 DRAIN_TIMEOUT = 5.0  # seconds to wait for a slow output at shutdown
 FINISH_TIMEOUT = 0.2  # seconds to read from clients that continue to send at shutdown
@@ -135,7 +135,7 @@ class Loop:
                 self.resume(self.due())
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
-        """Run tasks to their next yield and do what they ask for.
+        """Run each task to its next yield, and do what it yields.
 
         `batch` holds pairs of a descriptor and its events.  An earlier event of the batch may have
         ended a task.  Resuming it raises StopIteration again, which does no harm.
@@ -148,13 +148,13 @@ class Loop:
                     continue
             except Exception as end:
                 result = end
-            self.settle(descriptor, result)
+            self.handle(descriptor, result)
 
-    def settle(self, descriptor: int, result: Any) -> None:
-        """Do what a task has yielded or raised, until a task waits or the last one has ended.
+    def handle(self, descriptor: int, result: Any) -> None:
+        """Handle what a task has yielded or raised.  Return when a task waits or the last one has ended.
 
-        An exception is raised at a yield: the exception of a called task in its caller; an error of
-        set_interest in the task itself.
+        An exception goes to the caller of the task that raised it; an error of set_interest goes to
+        the task itself.  It is raised there at the yield.
         """
         callers = self.callers[descriptor]
         while callers or not isinstance(result, Exception):
@@ -170,15 +170,15 @@ class Loop:
                     self.tasks[descriptor] = result
                     result = result.send(None)
                 else:
-                    callers.append(self.tasks[descriptor])  # an error is raised there, as if by a call
+                    callers.append(self.tasks[descriptor])  # if this fails, the error is raised in this task
                     self.set_interest(descriptor, result)
                     callers.pop()
                     return
             except Exception as end:
                 result = end
-        with suppress(OSError):  # the kernel has done so itself if the task closed its descriptor
+        with suppress(OSError):  # if the task has closed its descriptor, the kernel has removed it
             self.epoll.unregister(descriptor)
-        self.interests[descriptor] = 0
+        self.interests.pop(descriptor, None)  # a stale event may resume an ended task again
         if not isinstance(result, StopIteration):
             raise result
 
@@ -226,7 +226,7 @@ class Loop:
         self.timers.update(dict.fromkeys(descriptors, when))
 
     def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
-        """Run a new task to its first yield.  --trace shows it if it has a name, and changes of `counted`."""
+        """Run a new task to its first yield.  `name` and `counted` are for --trace: see TracedLoop."""
         self.tasks[descriptor], self.callers[descriptor], self.interests[descriptor] = task, [], 0
         self.resume([(descriptor, None)])
 
@@ -262,7 +262,7 @@ class Client:
     def receive(self) -> bytes:
         """Read and print one chunk, at most READ_SIZE bytes; epoll reports the rest again.
 
-        Returns b"" if nothing has arrived, while standard output is full, and at the end of file, which
+        Returns b"" if nothing has arrived, if standard output is full, or at the end of file, which
         sets at_eof.  Raises OSError.
         """
         if self.messages.full:
@@ -352,18 +352,9 @@ def escape(line: str) -> str:
             before, after = line[found.start() - 1 : found.start()], line[found.end() : found.end() + 1]
             if (before + after).isprintable() and before.strip() and after.strip():
                 return found[0]
-        return "".join(map(escape_character, found[0]))
+        return repr(found[0])[1:-1].replace("\\r", "\\x0d")  # repr escapes what is not printable
 
     return re.sub(UNUSUAL, escaped, line)  # re compiles it at its first use
-
-
-@functools.lru_cache(maxsize=1024)  # binary data has many such characters, but few different ones
-def escape_character(character: str) -> str:
-    """Return a printable character as it is, and any other one as its escape."""
-    code = ord(character)
-    if character.isprintable():
-        return character
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 # -------------------------------------------------------------------- protocols
@@ -403,27 +394,25 @@ def echo(client: Client) -> Task:
     # For speed, this repeats the code of client.receive() and client.send() (README: Speed).
     descriptor, messages = client.descriptor, client.messages
     while True:
+        data, sent = b"", 0  # an idle client keeps no chunk in memory
         yield EPOLLIN
         while messages.full:
             yield 0
-        size = sent = 0
         try:
             data = read(descriptor, READ_SIZE)
-            size = len(data)
-            if not size:
+            if not data:
                 client.at_eof = True
                 return
-            client.received += size
+            client.received += len(data)
             if messages.open:
                 client.show(data)
             sent = write(descriptor, data)
         except BlockingIOError:
             pass
         client.sent += sent
-        while sent < size:
+        while sent < len(data):
             yield EPOLLOUT
             sent += client.send(data[sent:])
-        data = b""  # an idle client keeps no chunk in memory
 
 
 def heartbeat(client: Client) -> Task:
@@ -443,7 +432,7 @@ def heartbeat(client: Client) -> Task:
 
 
 class Server:
-    """The clients, the start of serving, the beat and the totals."""
+    """The clients, the start of serving, the timer of the beat, and the totals."""
 
     def __init__(self, loop: Loop, options: Any, protocol: Protocol, messages: Output, log: Output) -> None:
         self.loop, self.protocol, self.messages, self.log = loop, protocol, messages, log
@@ -505,7 +494,7 @@ class Server:
             self.loop.wake([NO_DESCRIPTOR], due)
             yield 0
             now = time.monotonic()
-            if now >= due:  # else a full output that was drained has woken every task
+            if now >= due:  # else an output that is no longer full has woken every task
                 self.beats += 1
                 self.loop.wake(self.clients)
                 due = now + self.every - (now - due) % self.every  # on a fixed schedule; skips missed beats
@@ -559,7 +548,7 @@ class Server:
         """Serve all data that has arrived, and data that follows before the deadline; complete a cut ping."""
 
         def progress() -> int:
-            """Return a number that grows while data is served.  A protocol may send endlessly."""
+            """Return a number that grows while data is served.  Endless pings do not count as progress."""
             return client.received + min(client.sent, client.received)
 
         arrived, before = client.received + client.unread(), -1
@@ -569,7 +558,7 @@ class Server:
             self.loop.resume([(client.descriptor, EPOLLIN)])
             if client.descriptor not in self.clients:
                 return
-        while client.received < arrived:  # an echo that its client does not read: print, but do not serve
+        while client.received < arrived:  # its echo is unread: print the rest, but do not echo it
             self.messages.drain()
             if not client.receive():
                 break
@@ -580,7 +569,7 @@ class Server:
             client.send(PING[cut:])
         waits_for = self.loop.interests[client.descriptor]
         if client.sent % self.unit_size or (self.unit == "byte" and waits_for == EPOLLOUT):
-            client.break_off()  # the rest of a ping or of an echo is unsent
+            client.break_off()  # a ping or an echo is incomplete
 
     def summary(self) -> str:
         """Return the last line of the log."""
@@ -633,7 +622,7 @@ def listen_on(family: int, address: Any, options: Any) -> socket.socket:
             if error.errno != errno.ENOPROTOOPT:  # not an option of this kernel, or of IPv4
                 raise
     sock.bind(address)
-    sock.listen(min(max(options.connections, socket.SOMAXCONN), 65535))  # all seats may be wanted at once
+    sock.listen(65535)  # the kernel reduces it to net.core.somaxconn
     sock.setblocking(False)  # a connection may vanish after epoll has reported it
     return sock
 
@@ -654,9 +643,8 @@ class Output:
         self.lost = 0  # bytes that were queued and not written
         self.deadline = 0.0  # when drain() gives up; its first call sets it
         if stream is not None:
-            self.descriptor, self.encoding = attempt(f"use {name}", stream.fileno), stream.encoding
-            self.status = attempt(f"use {name}", os.fstat, self.descriptor)
-            self.target, self.write_limit = nonblocking(self.descriptor)
+            self.encoding = stream.encoding
+            self.descriptor, self.write_limit = nonblocking(attempt(f"use {name}", stream.fileno))
 
     def write(self, text: str) -> None:
         """Queue text.  The caller must check `full` first, because the queue has no limit."""
@@ -686,10 +674,10 @@ class Output:
                     dropped = count(self.dropped - reported, "log line")
                     self.write_line(f"{dropped} dropped: {self.name} was full")
                     reported = self.dropped
-                self.loop.wake(self.loop.tasks)  # the clients can be read again
+                self.loop.wake(self.loop.interests)  # the clients can be read again
             try:
                 yield EPOLLOUT if self.queue else 0
-            except OSError:  # epoll cannot watch it now: try again later
+            except OSError:  # no memory or too many watches: try again later
                 self.loop.wake([self.descriptor], time.monotonic() + RETRY_DELAY)
                 yield 0
 
@@ -701,7 +689,7 @@ class Output:
                     break
                 if self.write_limit and not is_ready(self.descriptor, EPOLLOUT, 0.0):
                     break
-                del self.queue[: write(self.target, self.queue[: self.write_limit])]
+                del self.queue[: write(self.descriptor, self.queue[: self.write_limit])]
         except BlockingIOError:
             pass
         except OSError as error:
@@ -711,7 +699,7 @@ class Output:
             self.queue.clear()
 
     def drain(self) -> None:
-        """Write everything; wait FLUSH_TIMEOUT for each write, DRAIN_TIMEOUT in all, then drop the rest."""
+        """Write everything.  Drop the rest if a write waits FLUSH_TIMEOUT, or all together DRAIN_TIMEOUT."""
         self.deadline = self.deadline or time.monotonic() + DRAIN_TIMEOUT
         self.flush()
         while self.queue:
@@ -724,7 +712,7 @@ class Output:
 
 
 def nonblocking(descriptor: int) -> tuple[int, int | None]:
-    """Return a descriptor of the same output, and how many bytes it accepts when it is ready (None: any)."""
+    """Return a descriptor of the same output, and its limit of bytes per write (None: no limit)."""
     if os.path.isfile(descriptor):  # a file has no reader to wait for
         return descriptor, None
     # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again.
@@ -751,7 +739,7 @@ def catch_signals() -> int:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup(1), background jobs: it stays ignored
-            signal.signal(number, lambda *_: None)  # no byte is written unless a Python handler is installed
+            signal.signal(number, lambda *_: None)  # without a Python handler, Python writes no byte
     return reader
 
 
@@ -763,7 +751,7 @@ def block_signals() -> None:
 
 def stop_signal(loop: Loop) -> Task:
     """The signal pipe's task: end the loop after the current batch of events."""
-    while not (yield EPOLLIN):  # the pipe is never drained: its first byte ends the loop; 0 does not
+    while not (yield EPOLLIN):  # the pipe is never drained: its first byte ends the loop; a wake (0) does not
         pass
     loop.running = False
 
@@ -798,16 +786,12 @@ class TracedLoop(Loop):
             self.trace(f"epoll_wait: {len(ready)} ready after {time.monotonic() - before:.3f} s")
         return ready
 
-    def has_ended(self, descriptor: int) -> bool:
-        """Return whether the descriptor's task has ended: a generator then has no frame."""
-        return getattr(self.tasks[descriptor], "gi_frame", True) is None
-
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
         """Resume tasks; log which one is resumed and why, then its effects."""
         for descriptor, events in batch:
-            name, counted = self.traced[descriptor]
-            if self.has_ended(descriptor):  # by an earlier event of the batch
+            if descriptor not in self.interests:  # an earlier event of the batch has ended the task
                 continue
+            name, counted = self.traced[descriptor]
             if name and events is not None:
                 self.trace(f"{'' if name == 'beat' else '  '}{name}: {event_names(events) or 'resumed'}")
             before = [getattr(counted, key, None) for key in EFFECTS]
@@ -820,9 +804,9 @@ class TracedLoop(Loop):
             if effects:
                 self.trace(f"    {', '.join(effects)}")
             self.log.queue += later
-            if name and not self.has_ended(descriptor) and self.interests[descriptor] != interest:
-                waits_for = event_names(self.interests[descriptor]) or "nothing"
-                self.trace(f"    epoll_ctl: {name} waits for {waits_for}")
+            waits_for = self.interests.get(descriptor, interest)
+            if name and waits_for != interest:
+                self.trace(f"    epoll_ctl: {name} waits for {event_names(waits_for) or 'nothing'}")
 
 
 EFFECTS: dict[str, Callable[[Any, Any], str]] = {  # what to log when an attribute has changed
@@ -924,7 +908,8 @@ def run(options: argparse.Namespace, protocol: Protocol) -> int:
     loop = attempt("create an epoll instance", TracedLoop if options.trace else Loop)
     messages = Output(loop, "standard output", None if options.quiet else sys.stdout)
     log = Output(loop, "standard error", sys.stderr)
-    if messages.open and log.open and os.path.samestat(messages.status, log.status):
+    both = messages.open and log.open
+    if both and attempt(f"use {messages.name}", os.path.sameopenfile, messages.descriptor, log.descriptor):
         log = messages  # two queues would write into the middle of each other's lines
     server = Server(loop, options, protocol, messages, log)
     address = name_of(attempt("read the listener's address", server.listener.getsockname))

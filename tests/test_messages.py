@@ -98,6 +98,7 @@ def test_every_character_is_shown_or_escaped_by_its_category() -> None:
     codes = [*range(0x20000), *range(0x20000, 0xE0000, 101), *range(0xE0000, 0xE2000)]
     codes += range(0xE2000, sys.maxunicode + 1, 101)  # a sample: most of these are unassigned or private
     expected = []
+    codes.remove(ord("\n"))  # no line has one
     for character in map(chr, codes):
         code, category = ord(character), unicodedata.category(character)
         if (category[0] == "C" and character != "\t") or category in ("Zl", "Zp"):
