@@ -293,7 +293,10 @@ class Client:
 
     def show(self, data: bytes, final: bool = False) -> None:
         """Print bytes as a message; `final` means that no more bytes follow."""
-        self.messages.write(self.formatter.format(data, final))
+        if self.messages.failure:
+            self.messages.lost += len(data)  # to format it would delay the exit
+        else:
+            self.messages.write(self.formatter.format(data, final))
 
     def break_off(self) -> None:
         """Let the close send a reset instead of an end of file, because the stream is incomplete."""
@@ -558,7 +561,8 @@ class Server:
             self.loop.resume([(client.descriptor, EPOLLIN)])
             if client.descriptor not in self.clients:
                 return
-        while client.received < arrived:  # its echo is unread: print the rest, but do not echo it
+        unserved = client.received < arrived  # such as by an echo whose client does not read
+        while client.received < arrived:  # print it, at least
             self.messages.drain()
             if not client.receive():
                 break
@@ -567,9 +571,9 @@ class Server:
         if cut:
             client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # space for the rest
             client.send(PING[cut:])
-        waits_for = self.loop.interests[client.descriptor]
-        if client.sent % self.unit_size or (self.unit == "byte" and waits_for == EPOLLOUT):
-            client.break_off()  # a ping or an echo is incomplete
+        unsent = client.unsent or self.loop.interests.get(client.descriptor) == EPOLLOUT
+        if client.sent % self.unit_size or (self.unit == "byte" and (unserved or unsent)):
+            client.break_off()  # a ping or an answer is incomplete
 
     def summary(self) -> str:
         """Return the last line of the log."""
@@ -641,7 +645,7 @@ class Output:
         self.dropped = 0  # log lines
         self.failure = ""  # why nothing more is written
         self.lost = 0  # bytes that were queued and not written
-        self.deadline = 0.0  # when drain() gives up; its first call sets it
+        self.drain_time = DRAIN_TIMEOUT  # seconds that drain() can still wait
         if stream is not None:
             self.encoding = stream.encoding
             self.descriptor, self.write_limit = nonblocking(attempt(f"use {name}", stream.fileno))
@@ -700,14 +704,15 @@ class Output:
 
     def drain(self) -> None:
         """Write everything.  Drop the rest if a write waits FLUSH_TIMEOUT, or all together DRAIN_TIMEOUT."""
-        self.deadline = self.deadline or time.monotonic() + DRAIN_TIMEOUT
+        deadline = time.monotonic() + self.drain_time
         self.flush()
         while self.queue:
-            if time.monotonic() > self.deadline:
+            if time.monotonic() > deadline:
                 self.failure = "is too slow"
             elif not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
                 self.failure = "has stalled"
             self.flush()
+        self.drain_time = deadline - time.monotonic()
         self.full = False
 
 

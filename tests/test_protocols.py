@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import termios
 from contextlib import suppress
 from pathlib import Path
 from typing import Callable
 
 import pytest
-from conftest import DEADLINE, ROOT, SERVER, Server, is_pings, read_exactly
+from conftest import DEADLINE, ROOT, SERVER, Server, eventually, is_pings, read_exactly
 
 Start = Callable[..., Server]
 
@@ -175,6 +177,46 @@ def test_a_protocol_that_sends_endlessly_does_not_delay_the_end(start: Start, tm
         while client.recv(1 << 20):
             pass
     assert re.search("^stopped: 1 client served, 5 bytes received, [0-9,]+ bytes sent$", server.stop(), re.M)
+
+
+ANSWERS = {
+    "reads the socket itself": """
+        yield EPOLLIN
+        client.send(client.sock.recv(4096))
+""",
+    "queues its answer": """
+        events = yield client.reading | (EPOLLOUT if client.unsent else 0)
+        if events & EPOLLIN:
+            client.unsent += client.receive()
+        client.flush()
+""",
+    "waits before it reads": """
+        yield EPOLLIN
+        client.server.loop.wake([client.descriptor])
+        yield 0
+        client.unsent = client.receive()
+        while client.unsent:
+            yield EPOLLOUT
+            client.flush()
+""",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_answer_that_a_stop_cuts_off_ends_with_a_reset(start: Start, tmp_path: Path, answer: str) -> None:
+    code = "from non_block_io_server import EPOLLIN, EPOLLOUT, main\ndef answer(client):\n"
+    code += f"    while not client.at_eof:{ANSWERS[answer]}main(protocol=answer)\n"
+    server = start("--wait-for", "1", "--quiet", program=write_program(tmp_path / "answer.py", code))
+    client = server.seat(small=answer == "queues its answer")  # else its kernel accepts the whole answer
+    server.process.send_signal(signal.SIGSTOP)
+    client.sendall(bytes(100_000))
+    eventually(lambda: not any(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4))), "the data has arrived")
+    server.process.send_signal(signal.SIGTERM)
+    server.process.send_signal(signal.SIGCONT)
+    server.ended(0)
+    with pytest.raises(ConnectionResetError):
+        while client.recv(1 << 20):
+            pass
 
 
 def test_a_protocol_that_is_no_generator_function_ends_that_connection_only(

@@ -761,6 +761,39 @@ def test_a_slow_reader_delays_the_end_once_not_for_each_client(start: Start, fai
     assert re.search(" is too slow: [0-9,]+ bytes not written\n", server.ended(0))
 
 
+def test_a_server_that_needs_long_does_not_blame_the_reader_of_its_output(
+    start: Start, failing: Failing
+) -> None:
+    """Each message takes ten seconds, by the clock that the server sees."""
+    program = failing.program(
+        "from time import monotonic as real\n"
+        "from types import SimpleNamespace\n"
+        "passed, form = [], server.MessageFormatter.format\n"
+        "server.MessageFormatter.format = lambda *of: passed.append(10) or form(*of)\n"
+        "server.time = SimpleNamespace(monotonic=lambda: real() + sum(passed))\n"
+        "server.OUTPUT_LIMIT = 50_000"
+    )
+    server = start("--connections", "9", program=program)
+    assert server.out is not None
+    fcntl.fcntl(server.out.pipe, F_SETPIPE_SZ, 4096)
+    for _ in range(8):
+        server.seat().sendall(LINES[:60_000])
+    server.settled()  # they wait for one more client
+    assert "not written" not in server.stop()
+    assert server.out.rest().count("x") == 8 * LINES[:60_000].count(b"x")
+
+
+def test_messages_for_a_failed_output_are_only_counted(start: Start, failing: Failing) -> None:
+    constants = "server.FLUSH_TIMEOUT, server.OUTPUT_LIMIT = 0.01, 10_000"
+    server = start("--connections", "11", program=failing.program(constants), paused=True)
+    for _ in range(10):
+        server.seat().sendall(bytes(60_000))  # a byte needs four when it is printed
+    server.settled()  # they wait for one more client
+    text = server.stop()
+    lost = int(re.search(r" has stalled: ([0-9,]+) bytes not written\n", text)[1].replace(",", ""))  # type: ignore[index]
+    assert 9 * 60_000 < lost < 15 * 60_000
+
+
 @pytest.mark.parametrize("options", [[], ["--echo"]])
 def test_a_full_output_reads_no_client_that_was_idle_before(
     start: Start, failing: Failing, options: list[str]
