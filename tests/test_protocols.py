@@ -204,7 +204,8 @@ ANSWERS = {
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_an_answer_that_a_stop_cuts_off_ends_with_a_reset(start: Start, tmp_path: Path, answer: str) -> None:
-    code = "from non_block_io_server import EPOLLIN, EPOLLOUT, main\ndef answer(client):\n"
+    code = "import non_block_io_server\nnon_block_io_server.READ_SIZE = 1000\n"  # many chunks
+    code += "from non_block_io_server import EPOLLIN, EPOLLOUT, main\ndef answer(client):\n"
     code += f"    while not client.at_eof:{ANSWERS[answer]}main(protocol=answer)\n"
     server = start("--wait-for", "1", "--quiet", program=write_program(tmp_path / "answer.py", code))
     client = server.seat(small=answer == "queues its answer")  # else its kernel accepts the whole answer
