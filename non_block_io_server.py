@@ -561,7 +561,7 @@ class Server:
             self.loop.resume([(client.descriptor, EPOLLIN)])
             if client.descriptor not in self.clients:
                 return
-        unserved = client.received < arrived  # such as by an echo whose client does not read
+        unserved = client.received < arrived  # for example, because the client does not read its echo
         while client.received < arrived:  # print it, at least
             self.messages.drain()
             if not client.receive():
