@@ -194,6 +194,27 @@ def at_once(check: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
         return list(pool.map(check, cases))
 
 
+def ending(client: socket.socket) -> tuple[bytes, bool]:
+    """Read to the end of the stream; return the data, and whether it ended with a reset."""
+    data = b""
+    while True:
+        try:
+            chunk = client.recv(1 << 20)
+        except ConnectionResetError:
+            return data, True
+        if not chunk:
+            return data, False
+        data += chunk
+
+
+def is_reset(server: Server) -> bool:
+    """Connect; return whether the server resets the connection.  It may do so before connect() returns."""
+    try:
+        return ending(server.connect()) == (b"", True)
+    except ConnectionResetError:
+        return True
+
+
 def read_exactly(client: socket.socket, size: int) -> bytes:
     """Read `size` bytes, or fewer if the stream ends."""
     data = b""

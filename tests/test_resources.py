@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from conftest import DEADLINE, SERVER, Server, eventually, is_pings, read_exactly
+from conftest import DEADLINE, SERVER, Server, ending, eventually, is_pings, is_reset, read_exactly
 from failing import OUT_OF_MEMORY, Failing
 
 import non_block_io_server
@@ -46,27 +46,6 @@ def arrive(server: Server, client: socket.socket, data: bytes) -> None:
     """Send data to a suspended server, and wait until its kernel has received everything."""
     client.sendall(data)
     eventually(lambda: not any(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4))), "the data has arrived")
-
-
-def ending(client: socket.socket) -> tuple[bytes, bool]:
-    """Read to the end of the stream; return the data, and whether it ended with a reset."""
-    data = b""
-    while True:
-        try:
-            chunk = client.recv(1 << 20)
-        except ConnectionResetError:
-            return data, True
-        if not chunk:
-            return data, False
-        data += chunk
-
-
-def is_reset(server: Server) -> bool:
-    """Connect; return whether the server resets the connection.  It may do so before connect() returns."""
-    try:
-        return ending(server.connect()) == (b"", True)
-    except ConnectionResetError:
-        return True
 
 
 # ---------------------------------------------------------------- a failed send
