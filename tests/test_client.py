@@ -596,6 +596,23 @@ def test_signals_end_it_without_the_end_of_file_of_the_server(launch: Launch, si
     assert re.match(r"(?!Traceback).*\n?\Z", re.sub(NOTICE, "", client.err.rest()))
 
 
+def test_a_stale_event_of_its_input_does_not_stop_it_from_obeying_a_signal(launch: Launch) -> None:
+    """A terminal drops its input at Ctrl-C; select(2) may have reported it just before."""
+    before = (
+        "real, stop = client.select.select, client.Conversation.stop; signals = []; "
+        "client.Conversation.stop = lambda *of: signals.append(1) or stop(*of); "
+        "client.select.select = lambda reads, *of: "
+        "(lambda found: ([*found[0], 0], *found[1:]) if signals else found)(real(reads, *of))"
+    )
+    client = launch(stdin=PIPE, before=before)
+    client.type(b"x")
+    assert client.server.recv(1) == b"x"
+    client.settled(0.1)  # it waits
+    client.process.send_signal(signal.SIGINT)
+    assert client.answer(b"") == b""
+    assert client.ended(0) == "sent 1 message, 1 byte; received 0 pings\n"
+
+
 def test_a_signal_that_is_sent_twice_ends_it_gracefully(launch: Launch) -> None:
     """timeout(1) sends its signal twice; the second one may arrive while the first one is handled."""
     client = launch(stdin=PIPE)
