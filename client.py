@@ -127,7 +127,7 @@ class Conversation:
             readable, writable = self.wait()
             if self.wakeup in readable:
                 self.wakeup.recv(64)
-            if STANDARD_INPUT in readable and not connection.input_ended:  # Ctrl-C also drops typed input
+            if STANDARD_INPUT in readable and not connection.input_ended:  # after Ctrl-C, a read could block
                 dialogue.note_input(connection.read_input())
             if connection.sock in writable:
                 connection.send()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -192,6 +194,12 @@ def at_once(check: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
     cases = list(cases)
     with ThreadPoolExecutor(len(cases)) as pool:
         return list(pool.map(check, cases))
+
+
+def arrive(server: Server, client: socket.socket, data: bytes) -> None:
+    """Send data to a suspended server, and wait until its kernel has received everything."""
+    client.sendall(data)
+    eventually(lambda: not any(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4))), "the data has arrived")
 
 
 def ending(client: socket.socket) -> tuple[bytes, bool]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import platform
 import re
@@ -14,7 +13,6 @@ import socket
 import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from conftest import DEADLINE, SERVER, Server, ending, eventually, is_pings, is_reset, read_exactly
+from conftest import DEADLINE, SERVER, Server, arrive, ending, eventually, is_pings, is_reset, read_exactly
 from failing import OUT_OF_MEMORY, Failing
 
 import non_block_io_server
@@ -40,12 +38,6 @@ def failing(tmp_path: Path) -> Failing:
 
 def port_of(client: socket.socket) -> int:
     return int(client.getsockname()[1])
-
-
-def arrive(server: Server, client: socket.socket, data: bytes) -> None:
-    """Send data to a suspended server, and wait until its kernel has received everything."""
-    client.sendall(data)
-    eventually(lambda: not any(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4))), "the data has arrived")
 
 
 # ---------------------------------------------------------------- a failed send
