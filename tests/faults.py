@@ -1,9 +1,11 @@
 """The faults of the lecture's script, shown on it and then on this server.
 
-    python3 tests/faults.py          lists the faults
-    python3 tests/faults.py NAME     shows one, or `all`
+    python3 tests/faults.py                                       lists the faults
+    python3 tests/faults.py NAME                                  shows one, or `all`
+    python3 tests/faults.py NAME --server "python3 mine.py"       judges a server that sends pings
 
 Each fault is a function.  It does what the clients do, with plain sockets, and returns its observation.
+A server of your own listens on port 10001, or on the port that replaces {port} in its command.
 """
 
 from __future__ import annotations
@@ -13,32 +15,29 @@ import os
 import platform
 import re
 import select
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Callable, Tuple
+from typing import Callable, Iterator, Tuple
 
 HERE = Path(__file__).resolve().parent
 DEADLINE = 15.0  # seconds to wait for something that should happen immediately
 QUIET = 1.0  # seconds without data after which a client counts as not served
-KEPT = 32 << 20  # bytes: more than the kernel still holds for a client after its server ended
+TURNS = 16  # times that a server must prove that it still sends: in so many turns, a loop sees every event
+CPU_TIME = 10  # seconds of processor time after which the kernel ends a server
 PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client receives
 
-# The lecture's script: {port} replaces its port, and one more line reports the port.  Ctrl-C ends it even
-# in a background job, and the kernel ends it after 10 s of processor time.
-SETUP = "signal(SIGINT, default_int_handler); setrlimit(RLIMIT_CPU, (10, 10))"
-REPORT = 'import sys; print("listening on 127.0.0.1:%d" % sock.getsockname()[1], file=sys.stderr)'
 SCRIPT = (HERE / "lecture.py").read_text(encoding="utf-8").replace("10001", "{port}")
-SCRIPT = SCRIPT.replace("sock.listen()\n", f"sock.listen()\n{REPORT}\n")
-SCRIPT = f"from resource import *; from signal import *; {SETUP}; exec({SCRIPT!a})"
-SERVERS = {
-    "the lecture's script": ["-u", "-c", SCRIPT],  # -u: its prints are not buffered
-    "this server": [str(HERE.parent / "non_block_io_server.py"), "--port", "{port}"],
+LECTURE, OURS, YOURS = "the lecture's script", "this server", "your server"
+SERVERS = {  # the command of each; a port replaces {port}, 0 is any free one
+    LECTURE: [sys.executable, "-X", "utf8", "-c", SCRIPT],
+    OURS: [sys.executable, str(HERE.parent / "non_block_io_server.py"), "--port", "{port}"],
 }
 
 
@@ -50,7 +49,7 @@ def need_epoll(tool: str) -> None:
 
 def command(name: str, port: int = 0) -> list[str]:
     """Return the command that starts one of SERVERS on the port."""
-    return [sys.executable, "-X", "utf8", *(word.replace("{port}", str(port)) for word in SERVERS[name])]
+    return [word.replace("{port}", str(port)) for word in SERVERS[name]]
 
 
 class Server:
@@ -61,13 +60,27 @@ class Server:
         self.out, self.err = os.memfd_create("out"), os.memfd_create("err")  # its output, in memory
         stack.callback(os.close, self.out)
         stack.callback(os.close, self.err)
-        stdout = subprocess.PIPE if piped else self.out
         self.process = stack.enter_context(
-            subprocess.Popen(command(name, port), stdout=stdout, stderr=self.err)
+            subprocess.Popen(
+                ["sh", "-c", f'ulimit -t {CPU_TIME}; exec "$@"', "sh", *command(name, port)],
+                stdout=subprocess.PIPE if piped else self.out,
+                stderr=self.err,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},  # what it prints appears immediately
+            )
         )
         stack.callback(self.process.kill)
-        self.until(lambda: "listening on" in text(self.err))
-        self.port = int((re.findall(r"listening on \S+:(\d+)", text(self.err)) or [0])[0])  # 0: it has ended
+        self.port = 0  # it has ended
+        self.until(self.listens)
+
+    def listens(self) -> bool:
+        """Find out on which port it listens.  A connection would count as a client."""
+        files = f"/proc/{self.process.pid}/fd"
+        with suppress(OSError):  # the process has ended, or has closed a file in the meantime
+            mine = {os.readlink(f"{files}/{file}") for file in os.listdir(files)}
+            for local, _, state, _, inode in connections():
+                if state == "0A" and f"socket:[{inode}]" in mine:
+                    self.port = local
+        return self.port > 0
 
     def clients(self, number: int = 2) -> list[socket.socket]:
         address = "127.0.0.1", self.port
@@ -90,12 +103,16 @@ class Server:
             time.sleep(pause)
         return (ticks[1] - ticks[0]) / os.sysconf("SC_CLK_TCK") / seconds, waits[1] - waits[0], state
 
+    def last_words(self) -> str:
+        """Return the last line of its standard error, for example that of a traceback."""
+        return (text(self.err).splitlines() or [f"status {self.process.returncode}"])[-1]
+
     def outcome(self, other: socket.socket) -> tuple[bool, str]:
         """Return whether the server fails its other client, and a description."""
         got = receives(other)
         if got == END:
             self.process.wait(DEADLINE)
-            return True, f"crashes: {text(self.err).splitlines()[-1]}"
+            return True, f"ends: {self.last_words()}"
         return got != PINGS, f"{'continues' if got == PINGS else 'stalls'}: the other client gets {got}"
 
 
@@ -104,12 +121,32 @@ def text(file: int) -> str:
     return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
 
 
+def connections() -> Iterator[tuple[int, int, str, int, str]]:
+    """Yield what the kernel knows of TCP: local and remote port, state, bytes in both queues, inode."""
+    for table in ("tcp", "tcp6"):  # proc(5)
+        with suppress(FileNotFoundError):  # no IPv6
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                _, local, remote, state, queues, *_, inode = line.split()[:10]
+                local_port, remote_port = (int(address.rpartition(":")[2], 16) for address in (local, remote))
+                yield local_port, remote_port, state, sum(int(size, 16) for size in queues.split(":")), inode
+
+
+def in_flight(client: socket.socket) -> int:
+    """Return how many bytes the kernel holds for a client: its Recv-Q and the server's Send-Q."""
+    port = client.getsockname()[1]
+    return sum(queued for local, remote, _, queued, _ in connections() if port in (local, remote))
+
+
 def receives(client: socket.socket) -> str:
     """Return what a client receives, in addition to data in the kernel: PINGS, NOTHING or END."""
     client.settimeout(QUIET)
     try:
         with client.makefile("rb") as stream:
-            return PINGS if len(stream.read(KEPT)) == KEPT else END
+            for _ in range(TURNS):  # what follows the bytes in flight was sent in the meantime
+                size = in_flight(client) + 1
+                if len(stream.read(size)) < size:
+                    return END
+        return PINGS
     except socket.timeout:
         return NOTHING
     except ConnectionError:
@@ -173,7 +210,7 @@ def starve(start: Start) -> Seen:
         if readable:
             size = len(first.recv(1 << 20))
             got += size if sent > 4 << 20 else 0  # earlier pings have been read by then
-    return got < 1 << 16, f"gives it {got:,} bytes of pings for its 4 MiB"
+    return got < 1 << 10, f"gives it {got:,} bytes of pings for its 4 MiB"
 
 
 def restart(start: Start) -> Seen:
@@ -184,7 +221,7 @@ def restart(start: Start) -> Seen:
     server.process.terminate()
     server.process.wait(DEADLINE)
     again = start(port=server.port)
-    return not again.port, "listens again" if again.port else f"crashes: {text(again.err).splitlines()[-1]}"
+    return not again.port, "listens again" if again.port else f"ends: {again.last_words()}"
 
 
 def print_(start: Start) -> Seen:
@@ -222,7 +259,7 @@ def idle(start: Start) -> Seen:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     server.until(lambda: server.watched(0.1) == (0, 0, "S"))  # the connections are full
     _, times, _ = server.watched(1.2)
-    return times > 0, f"wakes {times} times in 1.2 s"
+    return times > 0, f"wakes {times} time{'s' * (times != 1)} in 1.2 s"
 
 
 def third(start: Start) -> Seen:
@@ -237,15 +274,10 @@ ALL = reset, leave, split, bytes_, starve, restart, print_, escape, stop, idle, 
 FAULTS = {fault.__name__.rstrip("_"): fault for fault in ALL}
 
 
-def observe(name: str) -> list[Seen]:
-    """Return what each of SERVERS does in this situation."""
-
-    def run(server: str) -> Seen:
-        with ExitStack() as stack:
-            return FAULTS[name](lambda **options: Server(stack, server, **options))
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(run, SERVERS))
+def observe(name: str, server: str) -> Seen:
+    """Return what one of SERVERS does in this situation."""
+    with ExitStack() as stack:
+        return FAULTS[name](lambda **options: Server(stack, server, **options))
 
 
 def main() -> None:
@@ -253,16 +285,28 @@ def main() -> None:
     parser.add_argument(
         "name", nargs="?", choices=(*FAULTS, "all"), help="a fault (default: list all faults)"
     )
-    wanted = parser.parse_args().name
-    if wanted:
+    parser.add_argument("--server", metavar="COMMAND", help="judge this server; {port} becomes its port")
+    options = parser.parse_args()
+    if options.name:
         need_epoll("faults")
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in a background job, it is ignored and inherited
+    names = [LECTURE, OURS]
+    if options.server:
+        names, SERVERS[YOURS] = [YOURS], shlex.split(options.server)
+    failed = False
     for name, fault in FAULTS.items():
-        if not wanted:
+        if not options.name:
             print(f"{name:<8}  {fault.__doc__}")
-        elif wanted in (name, "all"):
+        elif options.name in (name, "all"):
             print(fault.__doc__, flush=True)
-            for server, seen in zip(SERVERS, observe(name)):
-                print(f"  {server:<21}  {seen[1]}", flush=True)
+            with ThreadPoolExecutor() as pool:
+                for server, (fails, words) in zip(names, pool.map(observe, [name] * len(names), names)):
+                    verdict = {YOURS: "has this fault" if fails else "has not"}.get(server, server)
+                    print(f"  {verdict:<21}  {words}", flush=True)
+                    failed = failed or (fails and server != LECTURE)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import faults
 import pytest
 
 HOW = {  # the failure of the lecture's script; another failure does not count
-    "reset": r"crashes: (ConnectionReset|BrokenPipe)Error",
+    "reset": r"ends: (ConnectionReset|BrokenPipe)Error",
     "leave": r"prints 'data received\.\.\.' [1-9]",
-    "split": r"crashes: UnicodeDecodeError: .* unexpected end of data",
-    "bytes": r"crashes: UnicodeDecodeError",
+    "split": r"ends: UnicodeDecodeError: .* unexpected end of data",
+    "bytes": r"ends: UnicodeDecodeError",
     "starve": r"bytes of pings",
-    "restart": r"crashes: OSError: .* Address already in use",
+    "restart": r"ends: OSError: .* Address already in use",
     "print": r"stalls",
     "escape": r"raw ESC",
     "stop": r"Ctrl-C: status -2 and a traceback; SIGTERM: status -15",
@@ -26,19 +28,21 @@ HOW = {  # the failure of the lecture's script; another failure does not count
 
 
 @pytest.fixture(scope="module")
-def observations() -> dict[str, list[faults.Seen]]:
-    """Return the observations of each fault; some run at the same time, because they mostly wait."""
+def observations() -> dict[tuple[str, str], faults.Seen]:
+    """Return the observations of each fault on each server; some run at the same time: they mostly wait."""
     # All end before pytest changes the environment, between two tests: a thread that starts a
     # program at that time fails (EFAULT).
-    with ThreadPoolExecutor(6) as pool:
-        return dict(zip(faults.FAULTS, pool.map(faults.observe, faults.FAULTS)))
+    cases = [(name, server) for name in faults.FAULTS for server in faults.SERVERS]
+    with ThreadPoolExecutor(12) as pool:
+        return dict(zip(cases, pool.map(lambda case: faults.observe(*case), cases)))
 
 
 @pytest.mark.parametrize("name", faults.FAULTS)
 def test_the_lecture_has_the_fault_and_this_server_does_not(
-    name: str, observations: dict[str, list[faults.Seen]]
+    name: str, observations: dict[tuple[str, str], faults.Seen]
 ) -> None:
-    (lecture_fails, lecture_words), (we_fail, our_words) = observations[name]
+    lecture_fails, lecture_words = observations[name, faults.LECTURE]
+    we_fail, our_words = observations[name, faults.OURS]
     assert lecture_fails, lecture_words
     assert re.search(HOW[name], lecture_words), lecture_words
     assert not we_fail, our_words
@@ -61,3 +65,14 @@ def test_lists_the_faults_and_shows_the_named_one() -> None:
     unknown = run("nonsense")
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert unknown.stderr.startswith("usage: faults.py ")
+
+
+def test_judges_another_server() -> None:
+    lecture = str(Path(faults.__file__).with_name("lecture.py"))
+    script = f"exec(open({lecture!r}).read().replace('10001', '{{port}}'))"
+    judged = run("bytes", "--server", shlex.join(faults.SERVERS[faults.OURS]))
+    assert (judged.returncode, judged.stderr) == (0, "")
+    assert judged.stdout.splitlines()[1] == "  has not                continues: the other client gets pings"
+    judged = run("bytes", "--server", shlex.join([sys.executable, "-c", script]))
+    assert (judged.returncode, judged.stderr) == (1, "")
+    assert judged.stdout.splitlines()[1].startswith("  has this fault         ends: UnicodeDecodeError: ")
