@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import select
 import shlex
 import signal
@@ -33,7 +32,10 @@ TURNS = 16  # times that a server must prove that it still sends: in so many tur
 CPU_TIME = 10  # seconds of processor time after which the kernel ends a server
 PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client receives
 
+# The lecture's script: {port} replaces its port, and one more line reports the port.
+REPORT = 'import sys; print("listening on 127.0.0.1:%d" % sock.getsockname()[1], file=sys.stderr)'
 SCRIPT = (HERE / "lecture.py").read_text(encoding="utf-8").replace("10001", "{port}")
+SCRIPT = SCRIPT.replace("sock.listen()\n", f"sock.listen()\n{REPORT}\n")
 LECTURE, OURS, YOURS = "the lecture's script", "this server", "your server"
 SERVERS = {  # the command of each; a port replaces {port}, 0 is any free one
     LECTURE: [sys.executable, "-X", "utf8", "-c", SCRIPT],
@@ -132,20 +134,24 @@ def connections() -> Iterator[tuple[int, int, str, int, str]]:
 
 
 def in_flight(client: socket.socket) -> int:
-    """Return how many bytes the kernel holds for a client: its Recv-Q and the server's Send-Q."""
+    """Return how many bytes the kernel holds for a client: the server's Send-Q and the client's Recv-Q."""
     port = client.getsockname()[1]
-    return sum(queued for local, remote, _, queued, _ in connections() if port in (local, remote))
+    to_client = sum(queued for _, remote, _, queued, _ in connections() if remote == port)
+    # Later, because bytes that move in the meantime may be counted twice, but must not be missed.
+    return to_client + sum(queued for local, _, _, queued, _ in connections() if local == port)
 
 
 def receives(client: socket.socket) -> str:
     """Return what a client receives, in addition to data in the kernel: PINGS, NOTHING or END."""
     client.settimeout(QUIET)
     try:
-        with client.makefile("rb") as stream:
-            for _ in range(TURNS):  # what follows the bytes in flight was sent in the meantime
-                size = in_flight(client) + 1
-                if len(stream.read(size)) < size:
+        for _ in range(TURNS):
+            left = in_flight(client) + 1  # the last of these bytes was sent in the meantime
+            while left > 0:
+                size = len(client.recv(min(left, 1 << 20)))
+                if not size:
                     return END
+                left -= size
         return PINGS
     except socket.timeout:
         return NOTHING
@@ -163,7 +169,9 @@ def reset(start: Start) -> Seen:
     first, other = server.clients()
     first.recv(1, socket.MSG_PEEK)  # pings have arrived, and stay unread
     first.sendall(b"Some message...")
+    port = first.getsockname()[1]
     first.close()  # the kernel sends a reset
+    server.until(lambda: not any(port in each[:2] for each in connections()))
     return server.outcome(other)
 
 
@@ -289,9 +297,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.name:
         need_epoll("faults")
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # in a background job, it is ignored and inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # servers would inherit that it is ignored
     names = [LECTURE, OURS]
     if options.server:
         names, SERVERS[YOURS] = [YOURS], shlex.split(options.server)

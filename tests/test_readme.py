@@ -5,6 +5,8 @@ terminals.  A number at the left is the number of the terminal; lines without a 
 same terminal.  The text after a prompt is typed; ^C, ^D, ^S and ^Q are keys.  All other lines must
 appear, in this order, but numbers may differ.  Three dots stand for any number of lines.  A block of
 `sh` below a line that names a terminal ("Terminal 3 ...") is pasted there; no other block of `sh` is run.
+Three dots below a function that was typed into Python's interpreter are its prompt; an empty line is typed.
+A block of `python` that the text wants to be saved is a file in the folder of the terminals.
 """
 
 from __future__ import annotations
@@ -12,27 +14,38 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import termios
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 import faults
 import pytest
-from conftest import DEADLINE, ROOT, Server, eventually, port_is_free, read_exactly
+from conftest import DEADLINE, ROOT, Server, ending, eventually, port_is_free, read_exactly
 
 import non_block_io_server
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROMPTS = re.compile(r"(\$|>>>|\.\.\.|>) (?=.)|(?=\^[CQS])")
+DEFINITION = re.compile(r">>> (async )?def ")
+SAVED = dict(re.findall(r"[Ss]ave th\w+ as `(\w+\.py)`.*?^```python\n(.*?)^```", README, re.M | re.S))
 KEYS = {"^C": "\x03", "^D": "\x04", "^Q": "\x11", "^S": "\x13"}
+
+
+def code(pattern: str, language: str = "python") -> str:
+    """Return the text of the one block of code that contains the pattern."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    (found,) = [block for block in blocks if re.search(pattern, block)]
+    return str(found)
 
 
 class Block(NamedTuple):
@@ -77,6 +90,7 @@ def plain(text: str) -> str:
     These are numbers with their sign, the plural that follows, addresses, and their width.
     """
     text = re.sub(r"[^\n]*\r(?!\n)", "", text.replace("\r\n", "\n"))  # overwritten
+    text = re.sub(r"data=\{u32=\d+, u64=\d+\}", "data=0x0", text)  # strace before version 6.13
     text = re.sub(r"0x[0-9a-f]+|-?\d+(?:[.,]\d+)*", "#", text)
     text = re.sub(r"(# (?:client|seat|message|byte|ping))s\b", r"\1", text)
     return re.sub(r" +\n", "\n", re.sub(r" +", " ", text))
@@ -90,6 +104,17 @@ def end_session(leader: int) -> None:
                 os.kill(process, signal.SIGKILL)
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with this Python, the repository's files and the programs that the text wants saved."""
+    (tmp_path / "python3").symlink_to(sys.executable)
+    for name in "non_block_io_server.py", "client.py", "tests":
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name, text in SAVED.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
 class Terminal:
     """A shell in its own terminal."""
 
@@ -97,7 +122,7 @@ class Terminal:
         self.screen = ""
         self.process, self.descriptor = pty.fork()
         if not self.process:
-            os.chdir(ROOT)
+            os.chdir(folder)
             environment = {
                 "PATH": f"{folder}:{os.environ['PATH']}",
                 "HOME": str(folder),
@@ -118,8 +143,11 @@ class Terminal:
 
     def replay(self, block: Block) -> None:
         """Type the commands and keys of a block; check all other lines."""
-        found = None
+        found, before = None, ""
         for line in block.lines:
+            if line == "..." and DEFINITION.match(before):
+                os.write(self.descriptor, b"\n")
+            before = line
             found = PROMPTS.match(line)
             if found:
                 typed = line[found.end() :]
@@ -178,18 +206,17 @@ def missing(blocks: list[Block]) -> list[str]:
 
 @pytest.mark.parametrize(("title", "blocks"), [pytest.param(*each, id=each[0]) for each in sessions()])
 def test_each_session_runs_as_it_is_shown(
-    title: str, blocks: list[Block], tmp_path: Path, request: pytest.FixtureRequest
+    title: str, blocks: list[Block], folder: Path, request: pytest.FixtureRequest
 ) -> None:
     absent = missing(blocks)
     if absent:
         pytest.skip(f"missing: {', '.join(absent)}")
     request.getfixturevalue("port_10001")
-    (tmp_path / "python3").symlink_to(sys.executable)
     terminals: dict[str, Terminal] = {}
     try:
         for block in blocks:
             if block.terminal not in terminals:
-                terminals[block.terminal] = Terminal(tmp_path)
+                terminals[block.terminal] = Terminal(folder)
             terminals[block.terminal].replay(block)
     finally:
         for terminal in terminals.values():
@@ -197,46 +224,132 @@ def test_each_session_runs_as_it_is_shown(
         eventually(port_is_free, "the example has released port 10001")
 
 
-def code(pattern: str, language: str = "python") -> str:
-    """Return the text of the one block of code that contains the pattern."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
-    (found,) = [block for block in blocks if re.search(pattern, block)]
-    return str(found)
-
-
-def test_the_fixture_works(tmp_path: Path) -> None:
-    text = code("pytest.fixture")
-    (tmp_path / "test_right.py").write_text(text)
-    (tmp_path / "test_wrong.py").write_text(text.replace('== b"hello"', '== b"wrong"'))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+def run_pytest(folder: Path, text: str) -> str:
+    """Run the tests of this text with pytest, in a folder that is not the current one; return the output."""
+    program = folder / "test_it.py"
+    program.write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(program)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # pytest may be in .venv
-    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        command,
+        cwd="/",
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
         try:
-            output, errors = process.communicate(timeout=DEADLINE)
+            return process.communicate(timeout=DEADLINE)[0]
         finally:
             end_session(process.pid)
-    assert re.search(r"1 failed, 1 passed", output), output + errors
-    assert re.search(r"assert b'hello' == b'wrong'", output), output
+
+
+MISBEHAVES = "non_block_io_server.py --echo", "tests/misbehave.py late"
+NEVER_LISTENS = MISBEHAVES[0], "sleeps.py"
+FIXTURE = code("pytest.fixture")
+
+
+@pytest.mark.parametrize(
+    ("replace", "output"),
+    [
+        (("", ""), r"1 passed"),
+        (('== b"hello"', '== b"wrong"'), r"assert b'hello' == b'wrong'(.|\n)*1 failed"),
+        (MISBEHAVES, r"1 passed"),
+        (NEVER_LISTENS, r"AssertionError: something else(.|\n)*1 error"),
+    ],
+    ids=["right", "wrong", "misbehaves", "never listens"],
+)
+def test_the_fixture(folder: Path, replace: tuple[str, str], output: str) -> None:
+    (folder / "sleeps.py").write_text(
+        "import sys; print('something else', file=sys.stderr); sys.stdin.read()"
+    )
+    assert all(f"`{text}`" in README for text in MISBEHAVES)
+    assert replace[0] in FIXTURE
+    shown = run_pytest(folder, FIXTURE.replace(*replace))
+    assert re.search(output, shown), shown
+
+
+def test_the_server_of_the_fixture_ends_with_pytest(folder: Path) -> None:
+    end = (
+        f"import os; open({str(folder / 'port')!r}, 'w').write(str(echo_server[1])); os.kill(os.getpid(), 9)"
+    )
+    text = FIXTURE.replace("    with socket", f"    {end}\n    with socket")
+    run_pytest(folder, text)
+    port = int((folder / "port").read_text())
+
+    def has_ended() -> bool:
+        return not any(state == "0A" and local == port for local, _, state, _, _ in faults.connections())
+
+    eventually(has_ended, "the server has ended")
+
+
+# ---------------------------------------------------------------- the core, and the same in asyncio
+
+LECTURE = (ROOT / "tests" / "lecture.py").read_text(encoding="utf-8")
+TWINS = {"core": code("def start.conn"), "twin": code("sock_recv")}
+
+
+def test_the_core_marks_each_line_that_is_new() -> None:
+    script = {line.strip() for line in LECTURE.splitlines()}
+    for line in filter(None, TWINS["core"].splitlines()):
+        statement, mark, _ = re.fullmatch(r"(.*?)\s*(?:(# \+)(.*))?", line).groups()  # type: ignore[union-attr]
+        assert (statement.strip() in script) != bool(mark), line
 
 
 @pytest.fixture
-def chat(start: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]:
-    """Return a function that starts the chat server."""
-    program = tmp_path / "chat.py"
-    program.write_text(code("def chat"))
+def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[faults.Server]:
+    """Yield a server that runs a program of the README, on a free port."""
+    program = TWINS[request.param]
+    assert program.count("10001") == 1
+    command = [sys.executable, "-c", program.replace("10001", "{port}")]
+    monkeypatch.setitem(faults.SERVERS, request.param, command)
+    with ExitStack() as stack:
+        yield faults.Server(stack, request.param)
 
-    def start_chat(*options: str) -> Server:
+
+@pytest.mark.parametrize("twin", TWINS, indirect=True)
+def test_the_core_and_its_twin_echo_every_byte(twin: faults.Server) -> None:
+    clients = twin.clients(10)
+    for number, client in enumerate(clients):  # each one in its turn, while the others are connected
+        data = random.Random(number).choices(b"abcdefgh \n", k=300_000)
+        sender = threading.Thread(target=client.sendall, args=(bytes(data),), daemon=True)
+        sender.start()
+        assert read_exactly(client, len(data)) == bytes(data)
+        sender.join(DEADLINE)
+    clients[0].shutdown(socket.SHUT_WR)
+    assert clients[0].recv(1) == b""
+    clients[1].sendall(b"one more")
+    assert read_exactly(clients[1], 8) == b"one more"
+
+
+@pytest.mark.parametrize("twin", ["core"], indirect=True)
+def test_the_core_ends_at_the_first_reset(twin: faults.Server) -> None:
+    (client,) = twin.clients(1)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    assert twin.process.wait(DEADLINE) == 1
+    assert twin.last_words() == "ConnectionResetError: [Errno 104] Connection reset by peer"
+
+
+# ---------------------------------------------------------------- protocols of one's own
+
+
+@pytest.fixture
+def protocol(start: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]:
+    """Return a function that starts a server with one of the README's protocols."""
+
+    def start_protocol(name: str, *options: str) -> Server:
+        program = tmp_path / "protocols.py"
+        program.write_text(SAVED["protocols.py"].replace("protocol=chat", f"protocol={name}"))
         environment: Any = {**os.environ, "PYTHONPATH": str(ROOT)}
         return start(*options, program=str(program), env=environment)
 
-    return start_chat
+    return start_protocol
 
 
-def test_the_chat_sends_messages_to_the_others(chat: Callable[..., Server]) -> None:
-    server = chat("--connections", "4", "--wait-for", "3")
+def test_the_chat_sends_messages_to_the_others(protocol: Callable[..., Server]) -> None:
+    server = protocol("chat", "--connections", "4", "--wait-for", "3")
     clients = [server.seat() for _ in range(3)]
     for number, client in enumerate(clients):
         message = f"I am client {number}".encode()
@@ -253,38 +366,52 @@ def test_the_chat_sends_messages_to_the_others(chat: Callable[..., Server]) -> N
     server.stop()
 
 
-@pytest.mark.parametrize("disconnects", [False, True], ids=["it reads", "it disconnects"])
-def test_the_chat_waits_for_a_slow_reader(chat: Callable[..., Server], disconnects: bool) -> None:
-    server = chat("--connections", "3", "--quiet")
+def test_the_chat_disconnects_a_client_that_never_reads(protocol: Callable[..., Server]) -> None:
+    server = protocol("chat", "--connections", "3", "--quiet")
     sender, slow = server.seat(), server.seat()
     quick = server.seat()
-    data = os.urandom(1 << 16) * 512  # 32 MiB, more than the kernel accepts
-    before = server.status("VmHWM")
-    received: list[bytes] = []
-    threads = [
-        threading.Thread(target=sender.sendall, args=(data,), daemon=True),
-        threading.Thread(target=lambda: received.append(read_exactly(quick, len(data))), daemon=True),
-    ]
-    for thread in threads:
-        thread.start()
-    server.settled()  # it does not spin
-    assert threads[0].is_alive(), "everything was sent, although a client reads nothing"
-    assert server.status("VmHWM") < before + (8 << 10)  # kB
-    if disconnects:
-        slow.close()  # with unread data: a reset
-        server.err.wait_for(r"^client 2 was reset: ")
-    else:
-        assert read_exactly(slow, len(data)) == data
-    for thread in threads:
-        thread.join(DEADLINE)
-    assert received == [data]
+    data = os.urandom(1 << 16) * 512  # 32 MiB, more than the queue and the kernel hold
+    sending = threading.Thread(target=sender.sendall, args=(data,), daemon=True)
+    sending.start()
+    assert read_exactly(quick, len(data)) == data, "no other client waits for it"
+    sending.join(DEADLINE)
+    server.err.wait_for(r"^client 2 was ")
+    assert ending(slow)[1], "a reset"
     server.stop()
 
 
-def test_a_loop_starts_a_copy_for_each_core(tmp_path: Path, port_10001: int) -> None:
-    (tmp_path / "python3").symlink_to(sys.executable)
+def test_the_echo_and_the_protocol_of_lines(protocol: Callable[..., Server]) -> None:
+    client = protocol("echo", "--wait-for", "1").seat()
+    client.sendall(b"as it is")
+    assert read_exactly(client, 8) == b"as it is"
+
+    server = protocol("lines", "--wait-for", "1")
+    client = server.seat()
+    for byte in b"one\ntwo\r\n\nlast":
+        client.sendall(bytes([byte]))
+    client.shutdown(socket.SHUT_WR)
+    assert ending(client) == (b"3\n3\n0\n4\n", False)
+    client = server.seat()
+    client.sendall(b"x" * 1001)
+    assert ending(client) == (b"", True)
+    server.err.wait_for(r"^client 2 was lost \(the line is too long\)")
+
+
+def test_the_impatient_protocol_disconnects_a_silent_client(protocol: Callable[..., Server]) -> None:
+    server = protocol("impatient", "--wait-for", "1")
+    client = server.seat()
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+    assert ending(client) == (b"", True)
+    server.err.wait_for(r"^client 1 was lost \(")
+
+
+# ---------------------------------------------------------------- the rest
+
+
+def test_a_loop_starts_a_copy_for_each_core(folder: Path, port_10001: int) -> None:
     cores = int(subprocess.check_output(["nproc"]))
-    terminal = Terminal(tmp_path)
+    terminal = Terminal(folder)
     try:
         os.write(terminal.descriptor, code("for core in", "sh").encode())
         eventually(lambda: terminal.screen.count("listening on") == cores, terminal.screen)
@@ -300,13 +427,13 @@ def test_it_shows_the_lectures_script() -> None:
     def lines(text: str) -> list[str]:
         return [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
-    original = (ROOT / "tests" / "lecture.py").read_text(encoding="utf-8")
-    assert len(lines(original)) == 22
-    assert lines(code("conn_map")) == lines(original)
+    assert len(lines(LECTURE)) == 22
+    assert lines(code("conn_map")) == lines(LECTURE)
 
 
 def test_its_table_of_faults_is_complete_and_its_names_exist() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", README, re.M)
+    table = README.partition("\n| NAME |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", table, re.M)
     assert [name for name, _ in rows] == list(faults.FAULTS)
     answers = " ".join(answer for _, answer in rows)
     names = re.findall(r"`([\w.]+)`", answers)
@@ -323,10 +450,6 @@ def test_its_names_of_the_server_exist() -> None:
     for name in functions:
         kind, attribute = name.split(".")
         assert hasattr(getattr(non_block_io_server, kind), attribute), name
-    for label in re.findall(r'\["([\w.]+): [^"]+"\]', code("Server.accept", "mermaid")):
-        found: Any = non_block_io_server
-        for part in label.split("."):
-            found = getattr(found, part)
 
 
 def test_it_lists_all_options() -> None:
@@ -349,6 +472,7 @@ def test_its_links_have_targets() -> None:
         re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
         for title in re.findall(r"^## (.+)$", README, re.M)
     ]
-    assert [link[1:] for link in links if link[0] == "#"] == contents
+    listed = README.partition("**Contents:**")[2].partition("\n\n")[0]
+    assert re.findall(r"\(#([^)]+)\)", listed) == contents
     files = [link for link in links if not re.match(r"#|https://", link)]
-    assert files and all((ROOT / file).is_file() for file in files)
+    assert files and all((ROOT / file).exists() for file in files)
