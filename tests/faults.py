@@ -28,7 +28,7 @@ from typing import Callable, Iterator, Tuple
 HERE = Path(__file__).resolve().parent
 DEADLINE = 15.0  # seconds to wait for something that should happen immediately
 QUIET = 1.0  # seconds without data after which a client counts as not served
-TURNS = 16  # times that a server must prove that it still sends: in so many turns, a loop sees every event
+KEPT = 1 << 19  # bytes: more than the kernel holds for a small client after its server ended
 CPU_TIME = 10  # seconds of processor time after which the kernel ends a server
 PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client receives
 
@@ -79,14 +79,21 @@ class Server:
         files = f"/proc/{self.process.pid}/fd"
         with suppress(OSError):  # the process has ended, or has closed a file in the meantime
             mine = {os.readlink(f"{files}/{file}") for file in os.listdir(files)}
-            for local, _, state, _, inode in connections():
-                if state == "0A" and f"socket:[{inode}]" in mine:
-                    self.port = local
+            for port, inode in listeners():
+                if f"socket:[{inode}]" in mine:
+                    self.port = port
         return self.port > 0
 
-    def clients(self, number: int = 2) -> list[socket.socket]:
-        address = "127.0.0.1", self.port
-        return [self.stack.enter_context(socket.create_connection(address, DEADLINE)) for _ in range(number)]
+    def clients(self, number: int = 2, small: bool = True) -> list[socket.socket]:
+        """Return connections; if `small`, the kernel holds few bytes for each (buffers and segments)."""
+        clients = [self.stack.enter_context(socket.socket()) for _ in range(number)]
+        for client in clients:
+            client.settimeout(DEADLINE)
+            if small:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+            client.connect(("127.0.0.1", self.port))
+        return clients
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition is true or the server has ended."""
@@ -123,36 +130,24 @@ def text(file: int) -> str:
     return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
 
 
-def connections() -> Iterator[tuple[int, int, str, int, str]]:
-    """Yield what the kernel knows of TCP: local and remote port, state, bytes in both queues, inode."""
-    for table in ("tcp", "tcp6"):  # proc(5)
-        with suppress(FileNotFoundError):  # no IPv6
-            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-                _, local, remote, state, queues, *_, inode = line.split()[:10]
-                local_port, remote_port = (int(address.rpartition(":")[2], 16) for address in (local, remote))
-                yield local_port, remote_port, state, sum(int(size, 16) for size in queues.split(":")), inode
-
-
-def in_flight(client: socket.socket) -> int:
-    """Return how many bytes the kernel holds for a client: the server's Send-Q and the client's Recv-Q."""
-    port = client.getsockname()[1]
-    to_client = sum(queued for _, remote, _, queued, _ in connections() if remote == port)
-    # Later, because bytes that move in the meantime may be counted twice, but must not be missed.
-    return to_client + sum(queued for local, _, _, queued, _ in connections() if local == port)
+def listeners() -> Iterator[tuple[int, str]]:
+    """Yield the port and the inode of each listener on this machine: proc(5)."""
+    for table in ("tcp", "tcp6"):
+        with suppress(FileNotFoundError), open(f"/proc/net/{table}") as lines:
+            next(lines)
+            for line in lines:
+                _, local, _, state, _, _, _, _, _, inode = line.split()[:10]
+                if state != "0A":  # the listeners are at the beginning
+                    break
+                yield int(local.rpartition(":")[2], 16), inode
 
 
 def receives(client: socket.socket) -> str:
     """Return what a client receives, in addition to data in the kernel: PINGS, NOTHING or END."""
     client.settimeout(QUIET)
     try:
-        for _ in range(TURNS):
-            left = in_flight(client) + 1  # the last of these bytes was sent in the meantime
-            while left > 0:
-                size = len(client.recv(min(left, 1 << 20)))
-                if not size:
-                    return END
-                left -= size
-        return PINGS
+        with client.makefile("rb") as stream:
+            return PINGS if len(stream.read(KEPT)) == KEPT else END
     except socket.timeout:
         return NOTHING
     except ConnectionError:
@@ -169,9 +164,7 @@ def reset(start: Start) -> Seen:
     first, other = server.clients()
     first.recv(1, socket.MSG_PEEK)  # pings have arrived, and stay unread
     first.sendall(b"Some message...")
-    port = first.getsockname()[1]
     first.close()  # the kernel sends a reset
-    server.until(lambda: not any(port in each[:2] for each in connections()))
     return server.outcome(other)
 
 
@@ -263,7 +256,7 @@ def stop(start: Start) -> Seen:
 def idle(start: Start) -> Seen:
     """no client sends or reads"""
     server = start()
-    for client in server.clients():
+    for client in server.clients(small=False):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     server.until(lambda: server.watched(0.1) == (0, 0, "S"))  # the connections are full
     _, times, _ = server.watched(1.2)

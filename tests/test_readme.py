@@ -279,7 +279,7 @@ def test_the_server_of_the_fixture_ends_with_pytest(folder: Path) -> None:
     port = int((folder / "port").read_text())
 
     def has_ended() -> bool:
-        return not any(state == "0A" and local == port for local, _, state, _, _ in faults.connections())
+        return port not in dict(faults.listeners())
 
     eventually(has_ended, "the server has ended")
 

@@ -1,0 +1,102 @@
+"""Tests of the peer that misbehaves: what a client sees of each behaviour."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from conftest import DEADLINE, Server, ending, read_exactly
+
+MISBEHAVE = str(Path(__file__).with_name("misbehave.py"))
+Peer = Callable[..., socket.socket]
+
+
+@pytest.fixture
+def peer(start: Callable[..., Server]) -> Callable[[str], socket.socket]:
+    """Return a function that connects to a new server with this behaviour, and sends `hello, peer`."""
+
+    def connect(behaviour: str) -> socket.socket:
+        environment = {**os.environ, "MISBEHAVE": behaviour}
+        client = start("--wait-for", "1", program=MISBEHAVE, env=environment).connect()
+        client.sendall(b"hello, peer")
+        return client
+
+    return connect
+
+
+def test_late(peer: Peer) -> None:
+    client = peer("late")
+    client.settimeout(0.1)
+    with pytest.raises(socket.timeout):
+        client.recv(1)
+    client.settimeout(DEADLINE)
+    assert read_exactly(client, 11) == b"hello, peer"
+
+
+def test_slow(peer: Peer) -> None:
+    client = peer("slow")
+    assert b"hello, peer".startswith(client.recv(11)), "a part of the answer"
+    chunks = [client.recv(1)]
+    while len(b"".join(chunks)) < 10:
+        chunks.append(client.recv(11))
+    assert len(chunks) > 1
+
+
+def test_silent(peer: Peer) -> None:
+    client = peer("silent")
+    client.shutdown(socket.SHUT_WR)
+    assert ending(client) == (b"", False)
+
+
+def test_closes(start: Callable[..., Server]) -> None:
+    client = start("--wait-for", "1", program=MISBEHAVE, env={**os.environ, "MISBEHAVE": "closes"}).connect()
+    assert ending(client) == (b"", False)
+
+
+def test_cuts(peer: Peer) -> None:
+    assert ending(peer("cuts")) == (b"hello", False)
+
+
+def test_resets(peer: Peer) -> None:
+    assert ending(peer("resets")) == (b"hello", True)
+
+
+def test_halves(start: Callable[..., Server]) -> None:
+    server = start("--wait-for", "1", program=MISBEHAVE, env={**os.environ, "MISBEHAVE": "halves"})
+    client = server.seat()
+    assert client.recv(1) == b""
+    client.sendall(b"the server still reads this")
+    server.messages("^the server still reads this$")
+
+
+def test_garbage(peer: Peer) -> None:
+    answer = read_exactly(peer("garbage"), 11)
+    assert len(answer) == 11
+    assert answer != b"hello, peer"
+
+
+def test_the_name_can_be_an_argument(start: Callable[..., Server]) -> None:
+    server = start("cuts", "--wait-for", "1", program=MISBEHAVE)
+    client = server.connect()
+    client.sendall(b"hello, peer")
+    assert ending(client) == (b"hello", False)
+
+
+def test_a_wrong_name_is_wrong_usage() -> None:
+    for arguments in [], ["nosuch"]:
+        environment = {name: value for name, value in os.environ.items() if name != "MISBEHAVE"}
+        result = subprocess.run(
+            [sys.executable, MISBEHAVE, *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=DEADLINE,
+        )
+        assert (result.returncode, result.stdout) == (2, "")
+        assert re.match(r"usage: misbehave\.py \{late,slow,", result.stderr)
