@@ -34,6 +34,7 @@ import select
 import signal
 import socket
 import stat
+import struct
 import sys
 import time
 from contextlib import closing, suppress
@@ -82,6 +83,7 @@ def connect(host: str = HOST, port: int = PORT) -> socket.socket:
     sock = socket.create_connection((address, port))
     with suppress(OSError):  # the connection is already reset
         if sock.getsockname() == sock.getpeername():
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # frees the port
             sock.close()
     if sock.fileno() < 0:
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))

@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -22,7 +23,7 @@ from typing import Any, Callable, Iterator, Sequence
 import pytest
 from conftest import CLIENT, DEADLINE, ROOT, Server, Stream, at_once, eventually, read_all, read_exactly
 
-from client import PingParser
+from client import PingParser, TerminalText
 
 PIPE, NULL = subprocess.PIPE, subprocess.DEVNULL
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -304,6 +305,20 @@ def test_a_terminal_gets_escapes_for_harmful_characters_only(launch: Launch, siz
     assert client.shown().decode() == "\n".join(shown or text for text, shown in ESCAPED.items())
 
 
+def test_a_character_is_escaped_if_it_is_invisible_or_a_control() -> None:
+    kept = "\t\n\xa0\u1680\u202f\u205f\u3000\u200c\u200d" + "".join(map(chr, range(0x2000, 0x200B)))
+    codes = [*range(0x34F, 0x350), *range(0x180B, 0x1810), *range(0xFE00, 0xFE0F), *range(0xE0100, 0xE01F0)]
+    hidden = {*map(chr, codes), *"\u115f\u1160\u17b4\u17b5\u3164\uffa0"}
+    for code in (*range(0xD800), *range(0xE000, 0x110000)):
+        text = chr(code)
+        shown = TerminalText().feed(f"|{text}|".encode(), True)
+        if text in kept or (text.isprintable() and text not in hidden):
+            assert shown == f"|{text}|", hex(code)
+        else:
+            name = f"x{code:02x}" if code < 0x100 else f"u{code:04x}" if code < 0x10000 else f"U{code:08x}"
+            assert shown == f"|\\{name}|", hex(code)
+
+
 @pytest.mark.parametrize(("stdin", "stdout"), [(TTY, TTY), (NULL, TTY), (NULL, PIPE)])
 def test_raw_data_is_unchanged_and_its_pings_are_not_counted(launch: Launch, stdin: Any, stdout: Any) -> None:
     client = launch("--raw", stdin=stdin, stdout=stdout)
@@ -322,19 +337,99 @@ def test_an_input_that_cannot_be_read_is_reported(launch: Launch) -> None:
     assert client.line() == f"{reason}; sent 0 bytes; received 1 ping"
 
 
+STEAL = "read = os.read; os.read = lambda *how: (setattr(os, 'read', read), read(*how), read(*how))[-1]"
+
+
+def no_reopen(descriptor: int) -> str:
+    return (
+        "real = os.open; "
+        f"os.open = lambda path, *how: real('/nowhere' if path == '/dev/fd/{descriptor}' else path, *how)"
+    )
+
+
 def test_waits_for_more_input_after_another_program_has_read_some(launch: Launch) -> None:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    steal = "read = os.read; os.read = lambda *how: (setattr(os, 'read', read), read(*how), read(*how))[-1]"
-    client = launch(stdin=reader, before=steal)
+    client = launch(stdin=reader, before=f"{STEAL}; {SHORT_TIMEOUTS}")
     os.write(writer, b"stolen\n")
     client.settled()
+    assert client.err.text == "", "an input that another program has read is no input"
     os.write(writer, b"hello\n")
     assert read_exactly(client.server, 6) == b"hello\n"
     for descriptor in (reader, writer):
         os.close(descriptor)
     client.answer(b"")
     client.ended(0)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("stdin", "before"),
+    [(TTY, ""), (TTY, no_reopen(0)), (PIPE, "")],
+    ids=["terminal", "terminal of another user", "pipe"],
+)
+def test_a_signal_ends_it_after_another_program_has_read_its_input(
+    launch: Launch, stdin: Any, before: str, number: int
+) -> None:
+    client = launch(stdin=stdin, before=f"{before}; {STEAL}" if before else STEAL)
+    client.type(b"stolen\n")
+    client.settled()
+    client.server.sendall(b"shown\n")
+    if stdin is TTY and not before:
+        client.messages("^shown$")
+    client.process.send_signal(number)
+    assert client.answer(b"") == b""
+    assert client.ended(0).endswith("\nsent 0 bytes; received 0 pings, 6 other bytes\n"[stdin is PIPE :])
+
+
+def test_two_clients_share_a_terminal(launch: Launch) -> None:
+    late = "real = select.select; select.select = lambda *how: (real(*how), time.sleep(0.02))[0]"
+    master, slave = os.openpty()
+    clients = [launch(stdin=slave, before=f"import select, time; {late}") for _ in range(2)]
+    os.close(slave)
+    for number in range(1, 4):
+        for client in clients:
+            client.settled()
+        os.write(master, b"hello\n")  # select(2) reports it to both, and one of them reads it
+        ready, _, _ = select.select([client.server for client in clients], [], [], DEADLINE)
+        assert [read_exactly(sock, 6) for sock in ready] == [b"hello\n"]
+        for client in clients:
+            client.server.sendall(b"shown\n")
+            client.messages(rf"\A(shown\n){{{number}}}\Z")
+    for client in clients:
+        client.process.send_signal(signal.SIGINT)
+        client.answer(b"")
+        client.ended(0)
+    os.close(master)
+
+
+def test_its_terminal_does_not_become_its_controlling_terminal(launch: Launch) -> None:
+    client = launch(stdin=TTY, stdout=TTY, stderr=TTY, start_new_session=True)
+    client.messages(r"\A> \Z")
+    state = Path(f"/proc/{client.process.pid}/stat").read_text().rpartition(")")[2].split()
+    assert state[4] == "0", "tty_nr, proc(5)"
+    client.type(b"\4")
+    client.answer(b"")
+    client.ended(0)
+
+
+def test_the_master_of_a_pseudo_terminal_is_not_opened_again(launch: Launch) -> None:
+    """Opening it makes a new pseudo-terminal, whose other side has no reader and no writer."""
+    master, slave = os.openpty()
+    attributes = termios.tcgetattr(slave)
+    attributes[3] &= ~(termios.ICANON | termios.ECHO)
+    termios.tcsetattr(slave, termios.TCSANOW, attributes)
+    client = launch("--raw", stdin=master, stdout=master)
+    client.server.sendall(b"hello\n")
+    assert select.select([slave], [], [], DEADLINE)[0]
+    assert os.read(slave, 100) == b"hello\n"
+    os.write(slave, b"typed")
+    assert read_exactly(client.server, 5) == b"typed"
+    client.process.send_signal(signal.SIGTERM)
+    client.answer(b"")
+    client.ended(0)
+    for descriptor in (master, slave):
+        os.close(descriptor)
 
 
 def test_a_closed_output_is_no_failure(launch: Launch) -> None:
@@ -475,7 +570,7 @@ def test_an_echo_of_a_paste_is_complete(start: Start, launch: Launch) -> None:
     client = launch(port=start("--echo", "--wait-for", "1").port, stdin=TTY, stdout=TTY, stderr=TTY)
     client.messages(r"\A> \Z")
     client.type(b"12345678\n" * 5000)
-    client.settled(0.2)
+    eventually(lambda: client.screen.data.count(b"8") == 10000, "everything is typed and echoed")
     client.type(b"\4")
     assert client.ended(0).endswith("\nsent 45,000 bytes; received 0 pings, 45,000 other bytes\n")
 
@@ -710,6 +805,16 @@ def test_no_count_is_shown_after_a_signal(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_its_parent_has_blocked_ends_it(launch: Launch, number: int) -> None:
+    client = launch(stdin=PIPE, before=f"import signal; signal.pthread_sigmask(0, [{int(number)}])")
+    client.type(b"hello\n")
+    assert read_exactly(client.server, 6) == b"hello\n"
+    client.process.send_signal(number)
+    assert client.answer(b"") == b""
+    client.ended(0)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_is_ignored_stays_ignored(launch: Launch, number: int) -> None:
     client = launch(stdin=PIPE, before=f"import signal; signal.signal({int(number)}, signal.SIG_IGN)")
     client.server.sendall(b"shown\n")
@@ -734,17 +839,14 @@ def unread(kind: str, path: Path) -> tuple[int, int]:
     return writer, reader
 
 
-NO_REOPEN = (
-    "real = os.open; os.open = lambda path, *how: real('/dev/fd/1' == path and '/nowhere' or path, *how)"
-)
 UNREAD = (
     ("pipe", ""),
     ("fifo", ""),
     ("socket", ""),
     ("terminal", ""),
-    ("pipe", NO_REOPEN),
-    ("fifo", NO_REOPEN),
-    ("terminal", NO_REOPEN),
+    ("pipe", no_reopen(1)),
+    ("fifo", no_reopen(1)),
+    ("terminal", no_reopen(1)),
 )
 
 
@@ -767,6 +869,15 @@ def test_a_signal_ends_it_while_its_output_is_stalled(launch: Launch, tmp_path: 
         assert re.match(r"sent .*bytes; received .*; [\d,]+ bytes not written$", client.line(0)), case
 
     at_once(check, product(UNREAD, SIGNALS))
+
+
+def test_a_signal_ends_it_while_it_writes_single_bytes(launch: Launch) -> None:
+    """A megabyte takes seconds in single bytes, also if the terminal accepts all of them."""
+    client = launch("x", stdout=TTY, before=f"{no_reopen(1)}; client.GRACE = 0.01")
+    client.server.sendall(b"\x01" * 262144)
+    client.messages("x01")
+    client.process.send_signal(signal.SIGTERM)
+    assert re.search("; [\\d,]+ bytes not written$", client.line(0))
 
 
 def test_a_signal_ends_it_while_its_standard_error_is_stalled(launch: Launch) -> None:
@@ -822,6 +933,59 @@ def test_a_failed_connect_is_reported_in_one_line(launch: Launch, host: str) -> 
     assert ("is the server running?" in line) is (host == "127.0.0.1")
 
 
+def test_a_connection_to_itself_is_refused(launch: Launch) -> None:
+    """The kernel may choose any free port, so also the one to which the client connects."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    choose = (
+        "real = client.socket.create_connection; client.socket.create_connection = "
+        f"lambda address: real(address, source_address=('127.0.0.1', {port}))"
+    )
+    line = launch("hello", port=port, before=choose).line()
+    assert line == f"cannot connect to 127.0.0.1, port {port}: Connection refused; is the server running?"
+    socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_host_name_that_is_no_text_is_reported_plainly(launch: Launch) -> None:
+    line = launch("--host", b"a\xff", port=1).line()
+    assert line == r"cannot connect to a\udcff, port 1: this is not a valid host name"
+
+
+NO_NULL = "real = os.open; os.open = lambda path, *how: real(path.replace(os.devnull, '/nowhere'), *how)"
+
+
+def test_needs_no_null_device_if_its_streams_are_open(launch: Launch) -> None:
+    client = launch("hello", before=NO_NULL)
+    assert client.answer(b"") == b"hello\n"
+    client.ended(0)
+    assert launch(port=1, before=NO_NULL, redirect="<&-").line() == (
+        "cannot open /dev/null: No such file or directory"
+    )
+
+
+def test_an_option_that_cannot_be_set_is_no_failure(launch: Launch) -> None:
+    fail = "client.socket.socket.setsockopt = lambda *how: os.close(-1)"
+    client = launch("hello", before=fail)
+    assert client.answer(b"") == b"hello\n"
+    client.ended(0)
+
+
+@pytest.mark.parametrize("end", ["summary", "signal", "failure"])
+def test_it_closes_what_it_has_opened(launch: Launch, end: str) -> None:
+    environment = {**os.environ, "PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}
+    fail = "client.Dialogue = lambda *how: os.close(-1)" if end == "failure" else "client.GRACE = 0.1"
+    client = launch(stdin=PIPE, before=fail, env=environment)
+    if end == "signal":
+        client.type(b"x")
+        assert client.server.recv(1) == b"x"
+        client.process.send_signal(signal.SIGTERM)
+    client.type(b"", last=True)
+    if end == "summary":
+        client.answer(b"")
+    client.line(int(end == "failure"))
+
+
 def test_help_shows_the_defaults_and_the_exit_status() -> None:
     text = subprocess.run([sys.executable, CLIENT, "--help"], stdout=PIPE, text=True, timeout=DEADLINE).stdout
     for part in (
@@ -869,7 +1033,9 @@ def test_an_error_of_standard_error_is_no_failure(launch: Launch, stdin: Any) ->
     assert client.shown() == b"shown\n"
 
 
-@pytest.mark.parametrize("usage", ["--port=0", "--port=65536", "--port=http", "--what", "--host="])
+@pytest.mark.parametrize(
+    "usage", ["--port=0", "--port=65536", "--port=http", "--what", "--host=", "--host=[]"]
+)
 def test_wrong_usage_ends_it_with_status_2(launch: Launch, usage: str) -> None:
     assert launch(usage, port=1).ended(2).startswith("usage: ")
 
@@ -892,6 +1058,21 @@ def test_an_early_end_of_the_server_is_reported(
     client.messages("^shown$")
     end(client.server)
     assert re.search("connection|conversation", client.line())
+
+
+@pytest.mark.parametrize("end", [reset, socket.socket.close])
+def test_a_server_that_closes_immediately_is_reported(
+    launch: Launch, end: Callable[[socket.socket], None]
+) -> None:
+    """The message may be lost, so the status is 1."""
+    wait_for_end = (
+        "real = client.Connection; client.Connection = lambda sock, *how: "
+        "(select.select([sock], [], []), real(sock, *how))[1]; import select"
+    )
+    client = launch("hello", before=wait_for_end)
+    end(client.server)
+    line = client.line()
+    assert line.startswith("the server has closed the connection; sent ")
 
 
 def test_a_reset_after_the_last_message_is_reported(launch: Launch) -> None:
@@ -1000,6 +1181,12 @@ def test_sends_messages_on_windows(launch: Launch) -> None:
     assert client.answer(b"ping" + b"shown\n" * 100_000) == b"one\ntwo\n"
     assert client.line(0) == "sent 8 bytes; received 1 ping, 600,000 other bytes"
     assert client.shown() == b"shown\n" * 100_000
+
+
+def test_opens_no_terminal_again_on_windows(launch: Launch) -> None:
+    client = launch("one", stdin=TTY, stdout=TTY, before=WINDOWS)
+    assert client.answer(b"ping") == b"one\n"
+    assert client.line(0) == "sent 4 bytes; received 1 ping"
 
 
 def test_reads_no_standard_input_on_windows(launch: Launch) -> None:
