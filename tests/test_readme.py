@@ -406,6 +406,90 @@ def test_the_impatient_protocol_disconnects_a_silent_client(protocol: Callable[.
     server.err.wait_for(r"^client 1 was lost \(")
 
 
+def test_a_mistake_ends_one_connection_and_the_log_shows_it(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    echo = SAVED["protocols.py"].replace("protocol=chat", "protocol=echo")
+    program, environment = tmp_path / "mistake.py", {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    program.write_text(echo.replace("await client.write", "client.write"))
+    server = start("--wait-for", "1", program=str(program), env=environment)
+    server.seat().sendall(b"hello")
+    (warning,) = re.findall(r"`(coroutine .*? was never awaited)`", README)
+    server.err.wait_for(f"RuntimeWarning: {re.escape(warning)}\n *client.write\\(data\\)$")
+
+    program.write_text(echo.replace("client.write", "client.wirte"))
+    server = start("--wait-for", "1", program=str(program), env=environment)
+    client, other = server.seat(), server.seat()
+    client.sendall(b"hello")
+    server.err.wait_for(r"mistake\.py\", line \d+, in echo(?s:.*)^ *AttributeError: .*'wirte'")
+    server.err.wait_for(r"^client 1 was lost \(AttributeError in its protocol\)")
+    other.sendall(b"hello")
+    server.err.wait_for(r"^client 2 was lost")
+
+
+def test_a_second_descriptor_has_its_own_task(start: Callable[..., Server], tmp_path: Path) -> None:
+    (call,) = re.findall(r"`(client\.loop\.start\(.*?)`", README)
+    program = tmp_path / "second.py"
+    program.write_text(f"""
+import os
+from non_block_io_server import EPOLLIN, main, ready
+
+async def copy(client):
+    await ready(EPOLLIN)
+    client.queue(os.read(descriptor, 100))
+
+async def protocol(client):
+    {call}
+    while data := await client.read():
+        os.write(writer, data)
+
+descriptor, writer = os.pipe()
+main(protocol=protocol)
+""")
+    server = start("--wait-for", "1", program=str(program), env={**os.environ, "PYTHONPATH": str(ROOT)})
+    client = server.seat()
+    client.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
+    server.stop()
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_dead_clients_fill_the_backlog(start: Callable[..., Server]) -> None:
+    server = start("--connections", "1")
+    server.seat()
+    limit = int(Path("/proc/sys/net/core/somaxconn").read_text())
+    for _ in range(limit + 1):
+        server.connect().close()
+    with socket.socket() as client, pytest.raises(socket.timeout):
+        client.settimeout(0.5)
+        client.connect((server.host, server.port))
+
+
+def test_a_quiet_server_logs_two_lines_for_each_connection(start: Callable[..., Server]) -> None:
+    server = start("--echo", "--quiet", "--wait-for", "1")
+    for number in range(1, 4):
+        server.seat().close()
+        server.err.wait_for(f"^client {number} left")
+    assert len(server.stop().splitlines()) == 1 + 1 + 3 * 2 + 1  # listening, serving, stopped
+
+
+def test_a_full_disk_ends_the_server(start: Callable[..., Server]) -> None:
+    with open("/dev/full", "wb") as full:
+        server = start("--wait-for", "1", stdout=full)
+        server.seat().sendall(b"hello")
+        assert "standard output can no longer be written: No space left on device" in server.ended(1)
+
+
+def test_bytes_pass_a_client_whose_output_is_a_pipe(start: Callable[..., Server]) -> None:
+    server = start("--echo", "--quiet", "--wait-for", "1")
+    command = [sys.executable, str(ROOT / "client.py"), "--port", str(server.port), "\x1b[31m"]
+    result = subprocess.run(command, capture_output=True, timeout=DEADLINE)
+    assert result.stdout == b"\x1b[31m\n"
+
+
 # ---------------------------------------------------------------- the rest
 
 
