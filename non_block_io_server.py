@@ -135,7 +135,8 @@ class Loop:
         """Resume tasks until `running` is false."""
         while self.running:
             self.resume(self.wait())
-            self.resume(self.due())
+            if self.woken or self.timers:
+                self.resume(self.due())
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
         """Run each task of a batch to its next `await ready`, and tell epoll what it waits for.
@@ -477,8 +478,9 @@ class Client:
 
 async def echo(client: Client) -> None:
     """Send each chunk back.  Read nothing while a chunk is unsent: this is backpressure."""
+    messages = client.messages
     while not client.at_eof:
-        await ready(client.interest)
+        await ready(0 if messages.full else EPOLLIN)
         data = client.receive()
         if data:
             sent = client.send(data)
