@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterator, Sequence
 import pytest
 from conftest import CLIENT, DEADLINE, ROOT, Server, Stream, at_once, eventually, read_all, read_exactly
 
-from client import PingParser, TerminalText
+from client import Input, PingParser, TerminalText
 
 PIPE, NULL = subprocess.PIPE, subprocess.DEVNULL
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -832,6 +832,25 @@ def test_a_signal_that_its_parent_has_blocked_ends_it(launch: Launch, number: in
     client.ended(0)
 
 
+def test_prompts_again_although_its_parent_has_blocked_sigcont(launch: Launch) -> None:
+    block = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCONT])"
+    client = launch(stdin=TTY, stdout=TTY, before=block)
+    client.messages(r"\A> \Z")
+    client.process.send_signal(signal.SIGCONT)
+    client.messages(r"\A> > \Z")
+    client.type(b"\4")
+    client.answer(b"")
+    client.ended(0)
+
+
+def test_only_the_first_signal_interrupts_a_read() -> None:
+    source = Input()
+    source.may_wait = True
+    with pytest.raises(InterruptedError):
+        source.interrupt()
+    source.interrupt()
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_is_ignored_stays_ignored(launch: Launch, number: int) -> None:
     client = launch(stdin=PIPE, before=f"import signal; signal.signal({int(number)}, signal.SIG_IGN)")
@@ -1144,6 +1163,28 @@ def test_no_silence_is_reported_after_data_from_the_server(launch: Launch) -> No
         assert "nothing" not in client.err.rest(), case
 
     at_once(check, product([PIPE, TTY], [b"ping", b"hello\n"]))
+
+
+def test_a_silent_server_is_reported_after_an_empty_input(launch: Launch) -> None:
+    client = launch(stdin=NULL, before=SHORT_TIMEOUTS)
+    client.err.wait_for(NOTICE)
+    client.answer(b"")
+    client.ended(0)
+
+
+def test_no_silence_is_reported_after_a_signal(launch: Launch) -> None:
+    shorten = (
+        "end = client.Conversation.end; client.SILENCE = client.GRACE = 1000; "
+        "client.Conversation.end = lambda self: (setattr(client, 'SILENCE', 0.01), end(self))"
+    )
+    client = launch(stdin=PIPE, before=shorten)
+    client.type(b"hello\n")
+    assert read_exactly(client.server, 6) == b"hello\n"
+    client.process.send_signal(signal.SIGTERM)
+    assert read_all(client.server) == b""
+    client.settled()
+    client.answer(b"")
+    assert client.err.rest() == "sent 6 bytes; received 0 pings\n"
 
 
 # ---------------------------------------------------------------- on other systems
