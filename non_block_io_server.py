@@ -753,88 +753,6 @@ NETWORK_ERRORS = [
         *("EHOSTDOWN", "ENONET", "EHOSTUNREACH", "EOPNOTSUPP", "ENETUNREACH"),
     )
 ]
-RESET_ERRORS or client.sock.getpeername():
-                return f"was lost ({why(error)})"
-        return "was reset"
-
-    def forget(self, client: Client, complete: bool) -> None:
-        """End a client's task, close the connection and free the seat; `complete` as in Client.close."""
-        del self.clients[client.descriptor]
-        self.loop.end(client.descriptor)  # before the socket is closed
-        client.close(complete)
-        self.received += client.received
-        self.sent += client.sent // self.unit_size
-
-    def finish(self) -> None:
-        """Serve the data that has arrived, then end all tasks of clients.
-
-        This is the same loop, but it resumes only clients that have sent data or have unsent data.  It goes
-        on until there are none, or for FINISH_TIMEOUT, or as long as data that has arrived becomes less.
-        """
-        self.serving = True
-        arrived = {client: client.received + client.unread() for client in self.clients.values()}
-        self.loop.wake(self.clients)  # a client that waited is served
-        deadline, left = time.monotonic() + FINISH_TIMEOUT, NEVER
-        while True:
-            self.loop.resume(self.loop.due())
-            self.messages.drain()
-            clients = self.clients
-            unsent = any(client.unsent for client in clients.values())
-            events = self.loop.epoll.poll(FINISH_POLL if unsent else 0, len(self.loop.tasks) + 1)
-            batch = [(d, e) for d, e in events if d in clients and (e & EPOLLIN or clients[d].unsent)]
-            if not (batch or unsent or self.loop.woken):
-                break
-            before, left = left, sum(max(0, arrived.get(c, 0) - c.received) for c in clients.values())
-            if time.monotonic() > deadline and left >= before:
-                break
-            self.loop.resume(batch)
-        for client in list(self.clients.values()):
-            self.cut_off(client, arrived.get(client, 0))
-
-    def cut_off(self, client: Client, arrived: int) -> None:
-        """Print data that has arrived, complete a cut ping, end the task and the connection."""
-        unsent = client.unsent or self.loop.interests.get(client.descriptor, 0) & EPOLLOUT
-        complete = self.unit == "ping" or not (unsent or client.unread())
-        with suppress(OSError):  # the connection is broken
-            while client.received < arrived:  # for example, because the client does not read its echo
-                self.messages.drain()
-                if not client.receive():
-                    break
-            client.show(b"", final=True)
-            if client.sent % self.unit_size:
-                with suppress(OSError):  # 0 removes the limit, so that the rest of the ping fits
-                    client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
-                client.send(PING[client.sent % self.unit_size :])
-        self.forget(client, complete and client.sent % self.unit_size == 0)
-
-    def summary(self) -> str:
-        """Return the last line of the log."""
-        dropped = f", {count(self.log.dropped, 'log line')} dropped" if self.log.dropped else ""
-        totals = self.totals(self.received, self.sent)
-        return f"stopped: {count(self.served, 'client')} served, {totals}{dropped}"
-
-    def seats_taken(self) -> str:
-        """Return how many seats are taken, as text."""
-        return f"{len(self.clients):,} of {count(self.seats, 'seat')} taken"
-
-    def totals(self, received: int, sent: int) -> str:
-        """Return bytes received and units (bytes or pings) sent, as text."""
-        return f"{count(received, 'byte')} received, {count(sent, self.unit)} sent"
-
-    def close(self) -> None:
-        """Close all sockets and the file of pings."""
-        for client in self.clients.values():
-            client.close(complete=False)
-        self.listener.close()
-        self.pings.close()
-
-
-# accept(2): the backlog is empty, or the connection that accept would have returned is broken.
-NETWORK_ERRORS = [
-    getattr(errno, f"E{name}", None)
-    for name in ["AGAIN", "CONNABORTED", "PROTO", "NETDOWN", "NOPROTOOPT"]
-    + ["HOSTDOWN", "NONET", "HOSTUNREACH", "OPNOTSUPP", "NETUNREACH"]
-]
 RESET_ERRORS = errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN
 
 
@@ -940,6 +858,7 @@ class Escapes(dict):  # type: ignore[type-arg]
     """A table for str.translate: how to show each character.  An entry is made at its first use."""
 
     SIZE = 0x10000  # the most entries
+
     def __missing__(self, code: int) -> str:
         """Return how to show a character."""
         shown = chr(code)
