@@ -187,7 +187,8 @@ class Bench:
             with serving(name, self.servers[name]) as server:
                 server.connect_and_echo().close()
         except Failure as failure:
-            self.missing.append(f"{name}: {str(failure).splitlines()[-1]}")
+            lines = str(failure).splitlines()
+            self.missing.append(f"{lines[0]} {lines[-1]}")
             del self.servers[name]
 
     def expected(self) -> dict[str, float]:

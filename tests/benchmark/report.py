@@ -139,7 +139,7 @@ def table(title: str, programs: list[str], columns: list[Column]) -> str:
 def tables(run: Run) -> Iterator[str]:
     """Yield the tables of a run, at most 100 columns wide.  A table without figures is empty."""
     usual, alone = f"echo {USUAL}", "echo 1"
-    servers = [*run.programs(usual), *(name for name in run.programs(alone) if name == UNPOLLED)]
+    servers = list(dict.fromkeys([*run.programs(usual), *run.programs(alone)]))
     sizes = [int(part.split()[1]) for part in run.parts if part.startswith("echo ")]
     echo = [
         run.column(usual, "rate", "echoes/s", whole=True),
@@ -161,7 +161,7 @@ def tables(run: Run) -> Iterator[str]:
     pings = [
         run.column("pings", "rate", "MB/s", 1e-6, ",.1f", whole=True),
         run.ratio("pings", "rate", "MB/s ÷ theirs"),
-        run.column("pings", "share", "smaller share ÷ larger", 1, ".2f"),
+        run.column("pings", "share", "less ÷ more", 1, ".2f"),
     ]
     yield table("pings, 2 clients", run.programs("pings"), pings)
     unread = [run.column("unread", "bytes", "kB", 1e-3, whole=True)]
