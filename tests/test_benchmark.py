@@ -79,7 +79,7 @@ def test_one_part_runs_alone_in_any_locale_and_each_program_is_once_the_first() 
     assert re.findall(r"^start, round \d of 2, (.+): ", result.stderr, re.MULTILINE) == order
 
 
-def test_wrong_usage_is_one_line_before_the_first_round(tmp_path: Path) -> None:
+def test_wrong_usage_is_one_line_and_loses_no_figures(tmp_path: Path) -> None:
     unknown = benchmark("echoes")
     assert unknown.returncode == 2
     assert "no part is named 'echoes' (choose from start, client, pings, memory, echo)" in unknown.stderr
@@ -87,6 +87,10 @@ def test_wrong_usage_is_one_line_before_the_first_round(tmp_path: Path) -> None:
     result = benchmark("--quick", "--json", place)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == f"benchmark: cannot write {place}: No such file or directory\n"
+    full = benchmark("start", "--quick", "--json", "/dev/full")
+    assert full.returncode == 1
+    assert full.stderr.endswith("\nbenchmark: cannot write /dev/full: No space left on device\n")
+    assert "python3 -c pass" in full.stdout
     for path, reason in (
         (place, "No such file or directory"),
         (__file__, "it holds no run of the benchmark"),
@@ -159,7 +163,7 @@ def test_the_readme_gets_the_figures_of_a_run(tmp_path: Path) -> None:
     with open(tmp_path / "figures", "w") as file:
         full_run().save(file)
     text = readme.fill(PLACES, Run.load(str(tmp_path / "figures")))
-    assert re.match(r"a\n<!-- figures: why -->\n\| .*\|\n<!-- end of figures -->\nb\n", text, re.DOTALL)
+    assert re.match(r"a\n<!-- figures: why -->\n\| .*\.\n<!-- end of figures -->\nb\n", text, re.DOTALL)
     assert text.endswith("\n<!-- end of figures -->\nc\n")
     assert readme.fill(text, full_run()) == text
     assert max(map(len, text.splitlines())) <= readme.WIDTH

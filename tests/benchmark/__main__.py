@@ -15,8 +15,10 @@ order, and each ratio uses the figures of one round, so that a machine that slow
 Every byte is checked: a wrong one, or a server that has ended, ends the benchmark with status 1.  When it
 is interrupted, it shows what it has measured, and exits with status 130.
 
---json writes the figures of all rounds, in seconds and bytes.  --readme writes such a FILE's figures into the
-README, with the sentences of readme.py; so both commands, with FILE tests/benchmark/figures.json, renew it.
+FILE holds the figures of all rounds, in seconds and bytes.  These two commands renew the README's figures:
+
+    python3 tests/benchmark --peers --json tests/benchmark/figures.json
+    python3 tests/benchmark --readme tests/benchmark/figures.json
 """
 
 from __future__ import annotations
@@ -202,7 +204,7 @@ class Bench:
             "start": 0.1,
             "client": self.seconds + 0.2 + file * (2 if self.machine["socat"] else 1),
             "pings": len(self.senders) * (turn + 0.1) + iperf3,
-            "memory": unread + len(self.servers) * (0.1 + self.sizes[-1] / 8000),
+            "memory": unread + len(self.servers) * (0.1 + self.sizes[-1] / 5000),
             "echo": sum(turn + size / 8000 for size in sizes),
         }
         return {part: self.rounds[part] * seconds for part, seconds in times.items()}
@@ -471,6 +473,18 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def write_json(path: str, run: Run | None = None) -> bool:
+    """Write the run; without one, only try whether this is possible.  Return whether it is."""
+    try:
+        with open(path, "w" if run else "a", encoding="utf-8") as file:
+            if run:
+                run.save(file)
+    except OSError as error:
+        progress(f"benchmark: cannot write {path}: {error.strerror}")
+        return False
+    return True
+
+
 def write_readme(path: str) -> int:
     """Write the figures of a run into the README; return the exit status."""
     readme = os.path.join(ROOT, "README.md")
@@ -496,8 +510,8 @@ def main() -> int:
     add(
         "--peers", action="store_true", help="also measure uvloop and trio, which pip installs the first time"
     )
-    add("--json", metavar="FILE", help="also write the figures to FILE, in seconds and bytes")
-    add("--readme", metavar="FILE", help="measure nothing: write the figures of FILE into README.md")
+    add("--json", metavar="FILE", help="also write the figures of all rounds to FILE")
+    add("--readme", metavar="FILE", help="measure nothing; write the figures of FILE into README.md")
     options = parser.parse_args()
     if options.readme:
         return write_readme(options.readme)
@@ -507,14 +521,10 @@ def main() -> int:
     parts = [part for part in PARTS if part in options.parts or not options.parts]
 
     status = 0
-    with contextlib.ExitStack() as stack:
-        file = None
-        if options.json:
-            try:  # before the first round; "a" keeps an old file until there are new figures
-                file = stack.enter_context(open(options.json, "a", encoding="utf-8"))
-            except OSError as error:
-                sys.exit(f"benchmark: cannot write {options.json}: {error.strerror}")
-        bench = Bench(options.quick, options.peers, stack.enter_context(tempfile.TemporaryDirectory()))
+    if options.json and not write_json(options.json):
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options.quick, options.peers, folder)
         expected = bench.expected()
         seconds = sum(expected[part] for part in parts)
         progress(f"this takes about {duration(seconds)}; Ctrl-C ends it early and shows the figures so far")
@@ -530,13 +540,15 @@ def main() -> int:
         except (Failure, subprocess.TimeoutExpired) as failure:
             progress(str(failure))
             status = 1
-        if file:
-            file.truncate(0)
-            bench.run.save(file)
+    if options.json and not write_json(options.json, bench.run):
+        status = 1
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a locale may lack a character
     print(*bench.report(), sep="\n", end="")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the first round
+        sys.exit(130)

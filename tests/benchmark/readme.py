@@ -30,7 +30,11 @@ from benchmark.report import (
 MOST = 10000  # clients
 WIDTH = 119  # columns of the README
 TEXTS = {
-    "why": "{why}",
+    "why": """\
+{why}
+
+The processor time and the memory of the server's process, from [the benchmark](#speed). None of the three
+prints messages.""",
     "speed": """\
 One run of `python3 tests/benchmark --peers` on {machine}. The server has one core, the load (in C) the
 other. Every byte is checked. Figures are medians of {rounds} rounds ({start_rounds} for the start,
