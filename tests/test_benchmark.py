@@ -105,9 +105,11 @@ def test_an_interrupted_benchmark_shows_its_figures(tmp_path: Path) -> None:
 
     def interrupt(number: int) -> None:
         file = tmp_path / str(number)
+        file.write_text("an old file")
         command = [sys.executable, "tests/benchmark", "pings", "--json", str(file)]
         with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
             first = next(line for line in process.stderr if line.startswith("pings, round 1 of 9, "))
+            assert file.read_text() == "an old file"
             process.send_signal(number)
             shown, errors = process.communicate(timeout=120)
         assert (process.returncode, "Traceback" in errors) == (130, False)
@@ -121,19 +123,19 @@ def test_an_interrupted_benchmark_shows_its_figures(tmp_path: Path) -> None:
 
 def test_a_ratio_uses_the_figures_of_one_round() -> None:
     run = Run()
-    for turn, (ours, theirs) in enumerate([(1, 2), (20, 10), (3, None), (400, 1000)]):
+    for turn, (ours, theirs) in enumerate([(1, 2), (20, 10), (3, None), (400, 1000), (0, 4)]):
         run.add("echo", OURS, turn, {"rate": ours})
         if theirs:
             run.add("echo", "C", turn, {"rate": theirs})
-    assert run.rounds("rate", ("echo", "C")) == [2, 10, None, 1000]
-    assert run.spread("rate", ("echo", OURS)) == Spread(11.5, 1, 400)
-    assert run.spread("rate", ("echo", OURS), ("echo", "C")) == Spread(0.5, 0.4, 2)
+    assert run.rounds("rate", ("echo", "C")) == [2, 10, None, 1000, 4]
+    assert run.spread("rate", ("echo", OURS)) == Spread(3, 0, 400)
+    assert run.spread("rate", ("echo", OURS), ("echo", "C")) == Spread(0.45, 0, 2)
     assert run.spread("rate", ("echo", OURS), ("echo", "trio")) is None
     columns = [run.column("echo", "rate", "echoes", whole=True), run.ratio("echo", "rate", "÷")]
     assert table("title", ["C", "trio"], [*columns, run.column("none", "rate", "no figures")]) == (
-        "| title |       echoes |                ÷ |\n"
-        "| ----- | -----------: | ---------------: |\n"
-        "| C     | 10 (2-1,000) | 0.50 (0.40-2.00) |\n"
+        "| title |      echoes |                ÷ |\n"
+        "| ----- | ----------: | ---------------: |\n"
+        "| C     | 7 (2-1,000) | 0.45 (0.00-2.00) |\n"
     )
 
 
