@@ -15,6 +15,8 @@ from benchmark.report import (
     C_ECHO,
     CLIENT,
     CORE,
+    FEW_IDLE,
+    MANY_IDLE,
     OURS,
     PASS,
     PRINTING,
@@ -157,6 +159,8 @@ def full_run() -> Run:
             run.add("start", program, turn, {"time": 0.05 if program == OURS else 0.04})
         run.add("pings", OURS, turn, {"rate": 9.4e9 / (1 + turn / 5), "share": 1.0})
         run.add("pings", LECTURE, turn, {"rate": 1.4e6, "share": 1.0})
+        for program, cost in ((FEW_IDLE, 8e-6), (MANY_IDLE, 9e-6)):
+            run.add("timeouts", program, turn, {"cost": cost})
         run.add("unread", OURS, turn, {"bytes": 170000.0})
     return run
 
@@ -174,7 +178,8 @@ def test_the_readme_gets_the_figures_of_a_run(tmp_path: Path) -> None:
     for sentence in (
         "on Linux 6.18. The server",
         "medians of 2 rounds (2 for the start, 2 for memory)",
-        "needs 225 % of the time. With 10,000 clients, an echo costs 1.00 times as much",
+        "needs 225 % of the time. With 10,000 clients, an echo costs 1.00 times as much"
+        " as with 100, and beside 4,000 idle clients with a timeout each it costs 1.12 times as much as",
         "The echo of three lines costs 50 % more",
         "its echo after 60.0 µs, and without these polls after 75.0 µs.",
         "starts in 50 ms, 1.25 times `python3 -c pass`. `client.py` counts pings at 1,000 MB/s",

@@ -132,6 +132,8 @@ class Bench:
         self.servers = {OURS: [*SERVER, *echo, "--echo", "--quiet"], PRINTING: [*SERVER, *echo, "--echo"]}
         self.servers[UNPOLLED] = [PYTHON, PEERS, "no-busy-polls", *echo, "--echo", "--quiet"]
         self.servers[THREE_LINES] = [PYTHON, PEERS, "three-lines", *echo, "--quiet"]
+        self.timeouts = [PYTHON, PEERS, "timeouts", *echo, "--quiet"]
+        self.idle_clients = {f"{n:,} idle clients": n for n in (10, 50 if quick else 4000)}
         self.senders = {OURS: SERVER, LECTURE: faults.command(LECTURE)}
         self.load = [PYTHON, os.path.join(HERE, "load.py")]
         self.build_c()
@@ -205,7 +207,8 @@ class Bench:
             "client": self.seconds + 0.2 + file * (2 if self.machine["socat"] else 1),
             "pings": len(self.senders) * (turn + 0.1) + iperf3,
             "memory": unread + len(self.servers) * (0.1 + self.sizes[-1] / 5000),
-            "echo": sum(turn + size / 8000 for size in sizes),
+            "echo": sum(turn + size / 8000 for size in sizes)
+            + sum(turn + 0.1 + size / 5000 for size in self.idle_clients.values()),
         }
         return {part: self.rounds[part] * seconds for part, seconds in times.items()}
 
@@ -374,11 +377,28 @@ class Bench:
                 for size in self.sizes:
                     for name in names:
                         if size in self.only.get(name, self.sizes):
-                            got = self.run_load(servers[name], "echo", str(size))
-                            echoes, seconds = got.pop("echoes"), got.pop("seconds")
-                            got["rate"], got["cost"] = echoes / seconds, got.pop("cpu") / echoes
-                            self.run.add(f"echo {size}", name, turn, got)
-                            progress(f"{title}, clients: {size:,}, {name}: {got['rate']:,.0f} echoes/s")
+                            rate = self.add_echoes(f"echo {size}", name, turn, servers[name], size)
+                            progress(f"{title}, clients: {size:,}, {name}: {rate:,.0f} echoes/s")
+        if THREE_LINES in self.servers:
+            self.measure_timeouts()
+
+    def measure_timeouts(self) -> None:
+        """Measure the cost of echoes beside idle clients with a timeout each."""
+        for turn, title, names in self.turns("echo", list(self.idle_clients)):
+            for name in names:
+                with serving(name, self.timeouts) as server, contextlib.ExitStack() as stack:
+                    for _ in range(self.idle_clients[name]):
+                        stack.enter_context(server.connect_and_echo())
+                    rate = self.add_echoes("timeouts", name, turn, server, 10)
+                progress(f"{title}, beside {name}: {rate:,.0f} echoes/s")
+
+    def add_echoes(self, part: str, name: str, turn: int, server: Server, size: int) -> float:
+        """Add the figures of clients that send and wait for their echo; return the rate."""
+        got = self.run_load(server, "echo", str(size))
+        echoes, seconds = got.pop("echoes"), got.pop("seconds")
+        got["rate"], got["cost"] = echoes / seconds, got.pop("cpu") / echoes
+        self.run.add(part, name, turn, got)
+        return got["rate"]
 
     def report(self) -> Iterator[str]:
         """Yield the report, as text at most 100 columns wide."""

@@ -87,6 +87,16 @@ def three_lines() -> None:
     this_server().main(protocol=echo)
 
 
+def timeouts() -> None:
+    """Serve with this server and an echo that waits an hour for the next data, at most."""
+
+    async def echo(client: Any) -> None:
+        while data := await client.read(timeout=3600):
+            await client.write(data)
+
+    this_server().main(protocol=echo)
+
+
 def no_busy_polls() -> None:
     """Serve with this server, which sleeps as soon as no descriptor is ready."""
     server = this_server()
@@ -160,6 +170,7 @@ SERVERS = {
     "threads": threads,
     "core": core,
     "three-lines": three_lines,
+    "timeouts": timeouts,
     "no-busy-polls": no_busy_polls,
     "trio": trio,
 }

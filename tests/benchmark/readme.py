@@ -13,6 +13,8 @@ from benchmark.report import (
     C_ECHO,
     CLIENT,
     CORE,
+    FEW_IDLE,
+    MANY_IDLE,
     OURS,
     PASS,
     RAW_CLIENT,
@@ -46,8 +48,9 @@ holds all rounds.
 
 Most of the processor time of an echo is spent in the kernel, in three system calls. The loop in C makes
 the same calls and needs {c_echo} % of the time. With 10,000 clients, an echo costs {growth} times as much
-as with 100. The echo of three lines costs {three_lines} % more than the built-in one. The loop polls before
-it sleeps, because sleeping and waking takes longer: a single client gets its echo after {polled} µs, and
+as with 100, and beside 4,000 idle clients with a timeout each it costs {timeouts} times as much as beside
+10. The echo of three lines costs {three_lines} % more than the built-in one. The loop polls before it
+sleeps, because sleeping and waking takes longer: a single client gets its echo after {polled} µs, and
 without these polls after {unpolled} µs.
 
 {pings}
@@ -103,6 +106,7 @@ def prose(run: Run) -> dict[str, str]:
         "raw_ratio": spread("rate", ("client", RAW_CLIENT), ("client", SOCAT)).show(".2f"),
         "growth": spread("cost", (most, OURS), (usual, OURS)).show(".2f"),
         "c_echo": spread("cost", (usual, C_ECHO), (usual, OURS)).show(".0f", 100),
+        "timeouts": spread("cost", ("timeouts", MANY_IDLE), ("timeouts", FEW_IDLE)).show(".2f"),
         "three_lines": f"{100 * spread('cost', (usual, THREE_LINES), (usual, OURS)).median - 100:.0f}",
         "polled": spread("median", (alone, OURS)).show(".1f", 1e6),
         "unpolled": spread("median", (alone, UNPOLLED)).show(".1f", 1e6),

@@ -11,6 +11,7 @@ from typing import IO, Callable, Iterator, List, NamedTuple, Optional, Tuple
 OURS, PRINTING, UNPOLLED = "this server", "this server, messages to a file", "this server, no busy polls"
 THREE_LINES, CORE, THREADS = "this server, echo of 3 lines", "the core", "a thread for each client"
 C_ECHO, C_SENDFILE, C_PINGS = "C, epoll", "C, sendfile", "C, 256 KiB a send"
+FEW_IDLE, MANY_IDLE = "10 idle clients", "4,000 idle clients"
 CLIENT, RAW_CLIENT, SOCAT, PASS = "client.py", "client.py --raw", "socat -b 262144", "python3 -c pass"
 USUAL = 100  # clients, unless a table says otherwise
 
@@ -158,6 +159,8 @@ def tables(run: Run) -> Iterator[str]:
     if sizes and sizes[-1] > USUAL:
         costs.append(run.growth(sizes[-1]))
     yield table("CPU µs/echo, by clients", servers, costs)
+    idle = [run.column("timeouts", "cost", "CPU µs/echo", 1e6, ".2f", whole=True)]
+    yield table("10 clients, beside others with a timeout each", run.programs("timeouts"), idle)
     pings = [
         run.column("pings", "rate", "MB/s", 1e-6, ",.1f", whole=True),
         run.ratio("pings", "rate", "MB/s ÷ theirs"),
