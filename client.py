@@ -194,9 +194,8 @@ class Conversation:
             self.connection.end_input()
 
     def close(self) -> None:
-        """Release the signals and the sockets.  Later signals are ignored: the exit status is known."""
+        """Close the sockets, and ignore later signals: the exit status is known."""
         handle_stop_signals(signal.SIG_IGN)
-        signal.set_wakeup_fd(-1)
         self.wakeup.close()
         self.wakeup_writer.close()
 

@@ -135,7 +135,8 @@ class Loop:
         """Resume tasks until `running` is false."""
         while self.running:
             self.resume(self.wait())
-            self.resume(self.due())
+            if self.woken or self.timers:
+                self.resume(self.due())
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
         """Run each task of a batch to its next `await ready`, and tell epoll what it waits for.
@@ -156,9 +157,9 @@ class Loop:
         """Wait until a descriptor is ready or a timer is due; return (descriptor, events) pairs."""
         for _ in range(BUSY_POLLS):
             timeout = self.timeout()
-            ready = self.epoll.poll(0)
-            if ready or not timeout:
-                return ready
+            batch = self.epoll.poll(0)
+            if batch or not timeout:
+                return batch
             before = time.monotonic()
             with suppress(OSError):  # a sandbox may forbid this call
                 os.sched_yield()  # lets another program use this processor
@@ -453,14 +454,10 @@ class Client:
         return self.at_eof
 
     def unread(self) -> int:
-        """Return the number of bytes that have arrived and are unread: tcp(7), SIOCINQ.  Raises OSError."""
-        return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
-
-    def is_connected(self) -> bool:
-        """Return whether the kernel still has this connection."""
-        with suppress(OSError):
-            return bool(self.sock.getpeername())
-        return False
+        """Return the number of bytes that have arrived and are unread: tcp(7), SIOCINQ."""
+        with suppress(OSError, ValueError):  # the protocol has closed the socket
+            return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
+        return 0
 
     def close(self, complete: bool) -> None:
         """Close the socket, with a reset if the stream is incomplete, so that the client knows that."""
@@ -477,8 +474,9 @@ class Client:
 
 async def echo(client: Client) -> None:
     """Send each chunk back.  Read nothing while a chunk is unsent: this is backpressure."""
+    messages = client.messages
     while not client.at_eof:
-        await ready(client.interest)
+        await ready(0 if messages.full else EPOLLIN)
         data = client.receive()
         if data:
             sent = client.send(data)
@@ -528,13 +526,10 @@ class Pings:
         self.close()
 
     def send(self, client: Client) -> None:
-        """Send as many pings as the kernel accepts now, where the last send has ended.  Raises OSError."""
-        cut = client.sent % len(PING)  # bytes already sent of a ping that a partial send has cut
-        if self.file < 0:
-            client.send(PINGS[cut:])
-            return
+        """Send as many pings as the kernel accepts now, from the byte at which the last send has ended."""
+        cut = client.sent % len(PING)
         try:
-            client.send_file(self.file, cut, len(PINGS))
+            client.send(PINGS[cut:]) if self.file < 0 else client.send_file(self.file, cut, len(PINGS))
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
                 raise
@@ -561,7 +556,7 @@ class Server:
         self.listener = attempt(f"listen on {name_of((options.host, options.port))}", listen, options)
         self.pings = Pings()
         self.clients: dict[int, Client] = {}  # by descriptor
-        self.serving, self.serving_since = False, NEVER
+        self.serving, self.serving_since = False, 0.0
         self.accepted = self.served = 0
         self.received = self.sent = 0  # bytes and units, of the clients that have disconnected
         loop.on_end = self.task_ended
@@ -604,8 +599,8 @@ class Server:
         self.served += self.serving
         client = self.new_client(self, sock, f"client {self.accepted}", address)
         self.clients[descriptor] = client
-        self.log.write_line(f"{client.name} connected from {address}, {self.seats_taken()}")
         self.loop.start(client.name, descriptor, self.serve(client))
+        self.log.write_line(f"{client.name} connected from {address}, {self.seats_taken()}")
 
     def begin(self) -> None:
         """Start serving: wake the tasks of the waiting clients."""
@@ -623,10 +618,7 @@ class Server:
                 interest = 0 if client.unread() else EPOLLIN  # leave the data in the kernel
             if client.at_eof:  # a port probe: it has connected, sent nothing and closed
                 return
-            task = self.protocol(client)
-            if not isinstance(task, types.CoroutineType):
-                raise TypeError(f"the protocol {self.protocol!r} is no `async def` function")
-            await task
+            await self.protocol(client)
             await client.write(b"")  # returns when everything is sent
             if not client.at_eof and not client.has_left():
                 client.closed_by_protocol = True
@@ -634,7 +626,7 @@ class Server:
         except (*FATAL, GeneratorExit):
             raise
         except BaseException:  # the connection is broken, or the protocol has a fault
-            with suppress(OSError, ValueError):  # data that arrived before the error can still be read
+            with suppress(OSError):  # data that arrived before the error can still be read
                 arrived = client.received + client.unread()
                 while client.received < arrived and not client.at_eof:
                     while self.messages.full:
@@ -676,13 +668,15 @@ class Server:
             return "was closed by its protocol" if client.closed_by_protocol else "left"
         if not isinstance(error, OSError):
             return f"was lost ({type(error).__name__} in its protocol)"
-        if error.errno in RESET_ERRORS and not client.is_connected():
-            return "was reset"
-        return f"was lost ({why(error)})"
+        with suppress(OSError):  # if the kernel still has the connection, the error is not a reset
+            if error.errno not in RESET_ERRORS or client.sock.getpeername():
+                return f"was lost ({why(error)})"
+        return "was reset"
 
     def forget(self, client: Client, complete: bool) -> None:
-        """Close a client's connection and free its seat; `complete` as in Client.close."""
+        """End a client's task, close the connection and free the seat; `complete` as in Client.close."""
         del self.clients[client.descriptor]
+        self.loop.end(client.descriptor)  # before the socket is closed
         client.close(complete)
         self.received += client.received
         self.sent += client.sent // self.unit_size
@@ -698,12 +692,11 @@ class Server:
         self.loop.wake(self.clients)  # a client that waited is served
         deadline, left = time.monotonic() + FINISH_TIMEOUT, NEVER
         while True:
-            self.messages.drain()
             self.loop.resume(self.loop.due())
             self.messages.drain()
-            unsent = any(client.unsent for client in self.clients.values())
-            events = self.loop.epoll.poll(FINISH_POLL if unsent else 0, len(self.loop.tasks) + 1)
             clients = self.clients
+            unsent = any(client.unsent for client in clients.values())
+            events = self.loop.epoll.poll(FINISH_POLL if unsent else 0, len(self.loop.tasks) + 1)
             batch = [(d, e) for d, e in events if d in clients and (e & EPOLLIN or clients[d].unsent)]
             if not (batch or unsent or self.loop.woken):
                 break
@@ -716,27 +709,25 @@ class Server:
 
     def cut_off(self, client: Client, arrived: int) -> None:
         """Print data that has arrived, complete a cut ping, end the task and the connection."""
-        incomplete = bool(self.loop.interests.get(client.descriptor, 0) & EPOLLOUT or client.unsent)
-        with suppress(OSError, ValueError):  # the connection is broken, or its protocol has closed it
-            incomplete = incomplete or client.unread() > 0
-            while client.received < arrived and client.receive():  # for example, it does not read its echo
+        unsent = client.unsent or self.loop.interests.get(client.descriptor, 0) & EPOLLOUT
+        complete = self.unit == "ping" or not (unsent or client.unread())
+        with suppress(OSError):  # the connection is broken
+            while client.received < arrived:  # for example, because the client does not read its echo
                 self.messages.drain()
+                if not client.receive():
+                    break
             client.show(b"", final=True)
-            cut = client.sent % self.unit_size
-            if cut:
+            if client.sent % self.unit_size:
                 with suppress(OSError):  # 0 removes the limit, so that the rest of the ping fits
                     client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
-                client.send(PING[cut:])
-        if self.unit == "ping":
-            incomplete = client.sent % self.unit_size > 0
-        descriptor = client.descriptor
-        self.forget(client, complete=not incomplete)
-        self.loop.end(descriptor)
+                client.send(PING[client.sent % self.unit_size :])
+        self.forget(client, complete and client.sent % self.unit_size == 0)
 
     def summary(self) -> str:
         """Return the last line of the log."""
         dropped = f", {count(self.log.dropped, 'log line')} dropped" if self.log.dropped else ""
-        return f"stopped: {count(self.served, 'client')} served, {self.totals(self.received, self.sent)}{dropped}"
+        totals = self.totals(self.received, self.sent)
+        return f"stopped: {count(self.served, 'client')} served, {totals}{dropped}"
 
     def seats_taken(self) -> str:
         """Return how many seats are taken, as text."""
@@ -755,13 +746,13 @@ class Server:
 
 
 # accept(2): the backlog is empty, or the connection that accept would have returned is broken.
-NETWORK_ERRORS = {
-    getattr(errno, name)
+NETWORK_ERRORS = [
+    getattr(errno, name, None)
     for name in (
-        "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH EOPNOTSUPP ENETUNREACH"
-    ).split()
-    if hasattr(errno, name)  # not Linux
-}
+        *("EAGAIN", "ECONNABORTED", "EPROTO", "ENETDOWN", "ENOPROTOOPT"),
+        *("EHOSTDOWN", "ENONET", "EHOSTUNREACH", "EOPNOTSUPP", "ENETUNREACH"),
+    )
+]
 RESET_ERRORS = errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN
 
 
@@ -781,29 +772,27 @@ def listen(options: Any) -> socket.socket:
 def listen_on(family: int, address: Any, options: Any) -> socket.socket:
     """Return a non-blocking listener.  Raises OSError."""
     sock = socket.socket(family)
+    needed = [(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)]  # a restart works while old connections exist
+    if options.reuse_port:
+        needed.append((socket.SOL_SOCKET, socket.SO_REUSEPORT, 1))
+    if family == socket.AF_INET6:
+        needed.append((socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::"))  # :: also accepts IPv4
+    tuning = (  # socket(7), tcp(7); the connections inherit these options
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),  # an urgent byte keeps its place in the stream
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # a short answer leaves immediately
+        (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16384),  # bounds the kernel memory of unread pings
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # detects a peer that vanished without closing:
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # after 60 s of silence,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),  # probes it every 10 s,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),  # 6 times
+        (socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 10000),  # also detects one that does not acknowledge data
+    )
     try:
-        # Without these three, the server would be wrong.
-        sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # a restart works while old connections exist
-        if options.reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(
-                socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::"
-            )  # :: also accepts IPv4
-        for level, option, value in (  # tuning: socket(7), tcp(7); the connections inherit it
-            (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),  # an urgent byte keeps its place in the stream
-            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # a short answer leaves immediately
-            (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16384),  # bounds the kernel memory of unread pings
-            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # detects a peer that vanished without closing:
-            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # after 60 s of silence,
-            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),  # probes it every 10 s,
-            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),  # 6 times
-            (socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 10000),  # also detects one that does not acknowledge data
-        ):
-            with suppress(OSError):  # this system does not have the option
-                sock.setsockopt(level, option, value)
+        for option in needed:
+            sock.setsockopt(*option)
+        for option in tuning:
+            with suppress(OSError):  # this system does not have it
+                sock.setsockopt(*option)
         sock.bind(address)
         sock.listen(65535)  # the kernel reduces it to net.core.somaxconn
         sock.setblocking(False)  # a connection may vanish after epoll has reported it
@@ -868,25 +857,23 @@ def escape(text: str) -> str:
 class Escapes(dict):  # type: ignore[type-arg]
     """A table for str.translate: how to show each character.  An entry is made at its first use."""
 
-    INVISIBLE = {  # str.isprintable() accepts these, but a reader cannot see them: fillers and selectors
-        *(0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0),
-        *range(0xFE00, 0xFE0F),
-        *range(0xE0100, 0xE01F0),
-    }
     SIZE = 0x10000  # the most entries
 
     def __missing__(self, code: int) -> str:
         """Return how to show a character."""
         shown = chr(code)
-        if not shown.isprintable() or code in self.INVISIBLE:
-            shown = (
-                f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-            )
+        if not shown.isprintable() or code in INVISIBLE:
+            shown = f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
         if len(self) < self.SIZE:
             self[code] = shown
         return shown
 
 
+INVISIBLE = {  # str.isprintable() accepts these, but a reader cannot see them: fillers and selectors
+    *(0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0),
+    *range(0xFE00, 0xFE0F),
+    *range(0xE0100, 0xE01F0),
+}
 SPACES = "\t\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
 ESCAPES = Escapes({ord(character): character for character in SPACES + JOINERS})
@@ -913,10 +900,9 @@ class Output:
         self.lost = 0  # bytes that were queued and not written
         self.in_line = False  # the last line is not complete
         self.drain_time = DRAIN_TIMEOUT  # seconds that drain() can still wait
-        self.given = self.descriptor = -1  # the stream's descriptor, and the one that is written
+        self.descriptor = self.given = -1  # the descriptor that is written, and the stream's
         if stream is not None:
-            self.given = attempt(f"use {name}", descriptor_of, stream)
-            self.descriptor, self.write_limit = attempt(f"use {name}", nonblocking, self.given)
+            self.given, self.descriptor, self.write_limit = attempt(f"use {name}", open_output, stream)
             encoding = getattr(stream, "encoding", None) or "utf-8"
             self.encode = codecs.getincrementalencoder(encoding)("backslashreplace").encode  # one BOM at most
             self.newline = "\n\n".encode(encoding)[len("\n".encode(encoding)) :]
@@ -1022,28 +1008,28 @@ class Output:
             os.close(self.descriptor)
 
 
-def descriptor_of(stream: TextIO) -> int:
-    """Write what the stream holds back, and return its descriptor.  Raises OSError, ValueError."""
+def open_output(stream: TextIO) -> tuple[int, int, int | None]:
+    """Return a stream's descriptor, one to write to, and the most bytes per write (None: no limit).
+
+    Raises OSError, ValueError.
+    """
     try:
-        stream.flush()
-        return stream.fileno()
+        stream.flush()  # before our own text
+        given = stream.fileno()
     except (AttributeError, io.UnsupportedOperation):
         raise ValueError("it has no descriptor") from None
-
-
-def nonblocking(descriptor: int) -> tuple[int, int | None]:
-    """Return a descriptor of the same output, and its limit of bytes per write (None: no limit)."""
-    status, terminal = os.fstat(descriptor), os.isatty(descriptor)
-    if not (terminal or stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode)):
-        return descriptor, None  # a file has no reader to wait for
-    # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again.
-    if (
-        not stat.S_ISSOCK(status.st_mode) and status.st_rdev != PTMX
-    ):  # opening that makes a new terminal: pts(4)
-        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    status, terminal = os.fstat(given), os.isatty(given)
+    is_pipe = stat.S_ISFIFO(status.st_mode)
+    if not (terminal or is_pipe or stat.S_ISSOCK(status.st_mode)):
+        return given, given, None  # a file has no reader to wait for
+    # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again,
+    # if that opens the same thing.  Major number 5 are /dev/tty and /dev/ptmx, which open another terminal.
+    writable = fcntl.fcntl(given, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    if (is_pipe and writable) or (terminal and os.major(status.st_rdev) != 5):
         with suppress(OSError):  # another user's terminal (after su), or no /proc
-            return os.open(f"/proc/self/fd/{descriptor}", flags), None
-    return descriptor, 1 if terminal else PIPE_BUF  # pipe(7)
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            return given, os.open(f"/proc/self/fd/{given}", flags), None
+    return given, given, 1 if terminal else PIPE_BUF  # pipe(7)
 
 
 def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
@@ -1130,9 +1116,7 @@ class TracedLoop(Loop):
     def __init__(self) -> None:
         super().__init__()
         self.start_time = time.monotonic()
-        self.names: dict[
-            int, str
-        ] = {}  # by descriptor; outputs have none, because each line would cause more
+        self.names: dict[int, str] = {}  # by descriptor; "" for outputs, because each line would cause more
 
     def trace(self, text: str) -> None:
         """Log a line: the seconds since the start, and the text."""
@@ -1221,7 +1205,6 @@ NO_EPOLL = """\
 this system has no epoll: run the server on Linux, in a container (docker run --rm -it -p 10001:10001 \
 -v "$PWD:/app" python /app/non_block_io_server.py --host 0.0.0.0), a virtual machine or WSL"""
 IN_USE = "address already in use (another program uses this port; stop it, or choose another with --port)"
-PTMX = os.makedev(5, 2)  # the device number of every pseudo-terminal's master: from the kernel's devices.txt
 
 
 def count(number: int, noun: str) -> str:
@@ -1252,14 +1235,11 @@ def arguments(protocol: Protocol | None) -> argparse.Namespace:
 
     Wrong usage raises SystemExit, with status 2.
     """
-    description, epilog = DESCRIPTION, EXAMPLES + EPILOG
-    if protocol:
-        lines = (
-            (getattr(protocol, "__doc__", None) or "Serve TCP clients in one thread.").strip().splitlines()
-        )
-        description, epilog = "\n".join(line.strip() for line in lines), EPILOG
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=style)
+    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES + EPILOG, formatter_class=style)
+    if protocol:
+        text = (getattr(protocol, "__doc__", None) or "Serve TCP clients in one thread.").strip()
+        parser.description, parser.epilog = re.sub("\n[ \t]+", "\n", text), EPILOG
     add = parser.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=10001, help="port; 0 is any free one (default: %(default)s)")
@@ -1274,16 +1254,16 @@ def arguments(protocol: Protocol | None) -> argparse.Namespace:
     add("--reuse-port", action="store_true", help="share the port with other copies (SO_REUSEPORT)")
     add("--trace", action="store_true", help="log each event and its effects, but no busy polls")
     options = parser.parse_args()
-    if not 0 <= options.port <= 65535:
-        parser.error("argument --port: must be from 0 to 65535")
-    if not 1 <= options.connections <= 10**7:
-        parser.error(f"argument --connections: must be from 1 to {10**7}")
     if options.wait_for is None:
         options.wait_for = options.connections
-    if not 1 <= options.wait_for <= options.connections:
-        parser.error(
-            f"argument --wait-for: must be from 1 to {options.connections}, the number of --connections"
-        )
+    for name, least, most in (
+        ("port", 0, 65535),
+        ("connections", 1, 10**7),
+        ("wait_for", 1, options.connections),
+    ):
+        if not least <= getattr(options, name) <= most:
+            hint = ", the number of --connections" if name == "wait_for" else ""
+            parser.error(f"argument --{name.replace('_', '-')}: must be from {least} to {most}{hint}")
     if options.every is not None and not 0 < options.every < NEVER:
         parser.error("argument --every: must be a positive, finite number of seconds")
     options.host = options.host.strip("[]")  # the first line shows an IPv6 address in brackets
@@ -1296,11 +1276,10 @@ def main(protocol: Protocol | None = None) -> None:
     """Serve until a stop signal, with the options of the command line.
 
     `protocol` is an `async def` function that serves one client (default: flood, echo or heartbeat).
-    Afterwards, the process has its signal handlers and its open files of before.
+    Afterwards, the process has the signal handlers and the open files that it had before.
 
-    Raises SystemExit: with 1 when the server cannot continue, after a line that gives the reason; with
-    2 after wrong usage.  What a protocol raises to end the server goes on to the caller: SystemExit,
-    KeyboardInterrupt.
+    Raises SystemExit: with 1 if the server cannot continue, after a line that gives the reason; with 2
+    after wrong usage.  A protocol's own SystemExit or KeyboardInterrupt also goes on to the caller.
     """
     try:
         options = arguments(protocol)
@@ -1309,24 +1288,17 @@ def main(protocol: Protocol | None = None) -> None:
         kind = echo if options.echo else heartbeat if options.every else flood
         with ExitStack() as stack:
             run(options, protocol or kind, stack)
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            quit_with(end.code)
-        raise
-    except MemoryError:
-        quit_with(OUT_OF_MEMORY)
-
-
-def quit_with(reason: str) -> None:
-    """Print why the server cannot continue, and raise SystemExit(1)."""
-    # Python would print it at its exit, but not in a thread, and not without memory.
-    with suppress(OSError):
-        write(2, f"{reason}\n".encode(errors="backslashreplace"))
-    raise SystemExit(1) from None
+    except (SystemExit, MemoryError) as end:
+        reason = OUT_OF_MEMORY if isinstance(end, MemoryError) else end.code
+        if not isinstance(reason, str):
+            raise
+        with suppress(OSError):  # Python would print it, but not in a thread, and not without memory
+            write(2, f"{reason}\n".encode(errors="backslashreplace"))
+        raise SystemExit(1) from None
 
 
 def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> None:
-    """Start the tasks, run the loop, and write the last lines.  `stack` undoes everything.
+    """Start the tasks, run the loop and stop.  `stack` undoes everything.
 
     Raises SystemExit, KeyboardInterrupt, MemoryError: see main.
     """
@@ -1347,7 +1319,7 @@ def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> No
     log.write_line(f"listening on {address}, waiting for {count(options.wait_for, 'client')}")
     if isinstance(loop, TracedLoop):
         loop.log = log
-    raise_file_limit(options.connections + SPARE_FILES, log, stack)
+    raise_file_limit(options.connections, log, stack)
     if not messages.open and not options.quiet:
         log.write_line("standard output is not open: messages are not shown")
     for output in {messages, log}:
@@ -1355,22 +1327,31 @@ def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> No
             loop.start("", output.descriptor, output.run())
     loop.start("signals", signals, read_signals(signals))
     loop.start("listener", server.listener.fileno(), server.accept())
-
-    end = outcome(loop.run)
+    end = None
+    try:
+        attempt("wait for events", loop.run)
+    except FATAL as error:
+        end = error
     if messages.failure:  # Ctrl-C may also end our reader; then the pipe breaks before we see the signal
         is_ready(signals, EPOLLIN, SIGNAL_TIMEOUT)
-    if not loop.running:
-        end = None
+    stop(server, end if loop.running else None)
+
+
+def stop(server: Server, end: BaseException | None) -> None:
+    """Serve data that has arrived and write the last lines; raise what has ended the loop, if not a signal."""
+    messages, log = server.messages, server.log
     for output in {messages, log}:
-        loop.end(output.descriptor)  # from now on, drain() writes
+        server.loop.end(output.descriptor)  # from now on, drain() writes
     while not isinstance(end, MemoryError):
-        again = outcome(server.finish)
-        if not again:
+        try:
+            server.finish()
             break
-        end = end or again
-    failure = OUT_OF_MEMORY if isinstance(end, MemoryError) else getattr(end, "code", None)
-    failure = failure if isinstance(failure, str) else ""
-    log.failure = "" if log is not messages else log.failure  # a last try
+        except FATAL as error:  # from a protocol
+            end = end or error
+    reason = OUT_OF_MEMORY if isinstance(end, MemoryError) else getattr(end, "code", None)
+    failure = reason if isinstance(reason, str) else ""
+    if log is not messages:
+        log.failure = ""  # try again
     log.write(f"{failure or server.summary()}\n")
     messages.drain()
     if messages.lost and not failure:
@@ -1382,15 +1363,6 @@ def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> No
         raise end
 
 
-def outcome(function: Callable[[], None]) -> BaseException | None:
-    """Return the exception with which a function ends the server, if it does."""
-    try:
-        attempt("wait for events", function)
-    except FATAL as end:
-        return end
-    return None
-
-
 def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Return function(*arguments).  An error becomes SystemExit, with what failed and why."""
     try:
@@ -1399,9 +1371,11 @@ def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         raise SystemExit(f"cannot {what}: {why(error)}") from None
 
 
-def raise_file_limit(need: int, log: Output, stack: ExitStack) -> None:
+def raise_file_limit(connections: int, log: Output, stack: ExitStack) -> None:
     """Raise the soft limit on open files, as far as the hard limit allows; log a warning if it is too low."""
+    need = connections + SPARE_FILES
     try:
+        need = max(need, connections + len(os.listdir("/proc/self/fd")))  # a parent may leave many files open
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft < need:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), hard))
