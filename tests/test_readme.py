@@ -37,7 +37,7 @@ import non_block_io_server
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROMPTS = re.compile(r"(\$|>>>|\.\.\.|>) (?=.)|(?=\^[CQS])")
 DEFINITION = re.compile(r">>> (async )?def ")
-SAVED = dict(re.findall(r"[Ss]ave th\w+ as `(\w+\.py)`.*?^```python\n(.*?)^```", README, re.M | re.S))
+SAVED = dict(re.findall(r"[Ss]ave \w+ as `(\w+\.py)`.*?^```python\n(.*?)^```", README, re.M | re.S))
 KEYS = {"^C": "\x03", "^D": "\x04", "^Q": "\x11", "^S": "\x13"}
 
 
@@ -159,7 +159,10 @@ class Terminal:
                 line = line.replace("^D", "")
             self.expected.append(line)
         if block.pasted or block.lines[-1] == "$ python3 core.py":  # a server that prints nothing
-            eventually(listens, "a program listens on port 10001")
+            try:
+                eventually(listens, "")
+            except AssertionError:
+                pytest.fail(f"no program listens on port 10001:\n{self.screen}", pytrace=False)
         else:  # A command that prints nothing has ended when the prompt appears.
             self.await_screen(self.expected, found[0] if found else "")
 
