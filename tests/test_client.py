@@ -628,7 +628,7 @@ def test_prompts_again_after_ctrl_z_and_fg(launch: Launch) -> None:
     client = launch(stdin=TTY, stdout=TTY, stderr=TTY, wrapper=shell)
     client.messages(r"^> \Z")
     client.type(b"half\x1a")
-    client.messages(r"^> .*\^Z\n(?:[^>].*\n)+> \Z")
+    client.messages(r"^> .*\^Z\s*(?:[^>\n].*\n)+> \Z")
     client.type(b"hello\n\4")
     assert client.answer(b"ping") == b"hello\n"
     client.ended(0)
