@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import select
@@ -295,6 +296,8 @@ def test_an_event_of_a_task_that_the_same_batch_has_ended_does_no_harm() -> None
     thread.start()
     thread.join(DEADLINE)
     assert not thread.is_alive()
+    for end in itertools.chain(*pairs):
+        end.close()
     assert resumed == [select.EPOLLIN, 0]
 
 

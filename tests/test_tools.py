@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, at_once
+from conftest import DEADLINE, ROOT, TEST_LIMIT, at_once, run
 
 Result = subprocess.CompletedProcess
 
 
-def run(*command: str) -> Result[str]:
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def run_tool(*command: str) -> Result[str]:
+    return run(*command, cwd=ROOT, timeout=TEST_LIMIT)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def results(figures: Path) -> list[Result[str]]:
     """Run the soak and the benchmark at the same time, because the soak mostly waits."""
     soak = "tests/soak.py", "--quick", "--seconds", "1", "--seed", "1"
     benchmark = "tests/benchmark", "--quick", "--json", str(figures)
-    return at_once(lambda command: run(*command), [soak, benchmark])
+    return at_once(lambda command: run_tool(*command), [soak, benchmark])
 
 
 def test_a_short_soak_finds_no_loss(results: list[Result[str]]) -> None:
@@ -56,7 +56,7 @@ def test_a_quick_benchmark_measures_every_part(results: list[Result[str]], figur
 
 
 def test_one_part_runs_alone() -> None:
-    result = run("tests/benchmark", "start", "--quick")
+    result = run_tool("tests/benchmark", "start", "--quick")
     tables = [line for line in result.stdout.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip(" -") for line in tables] == [
         "start, until it listens",
@@ -64,7 +64,7 @@ def test_one_part_runs_alone() -> None:
         "this server",
         "python3 -c pass",
     ]
-    unknown = run("tests/benchmark", "echoes")
+    unknown = run_tool("tests/benchmark", "echoes")
     assert unknown.returncode == 2
     assert "no part is named 'echoes' (choose from start, client, pings, memory, echo)" in unknown.stderr
 
@@ -77,7 +77,7 @@ def test_an_interrupted_benchmark_shows_its_figures() -> None:
         with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
             first = next(line for line in process.stderr if line.startswith("pings, round 1 of 9, "))
             process.send_signal(number)
-            shown, errors = process.communicate(timeout=120)
+            shown, errors = process.communicate(timeout=DEADLINE)
         assert (process.returncode, "Traceback" in errors) == (130, False)
         assert "The benchmark ended early" in shown
         assert re.search(r"^\| this server +\| +[\d,.]+ \| +1\.00 ", shown, re.MULTILINE), first + shown
