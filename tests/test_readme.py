@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pty
 import re
 import shutil
 import signal
@@ -22,11 +21,22 @@ import termios
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import faults
 import pytest
-from conftest import DEADLINE, ROOT, Server, eventually, port_is_free, read_exactly
+from conftest import (
+    DEADLINE,
+    ROOT,
+    SERVER,
+    Server,
+    Start,
+    eventually,
+    open_terminal,
+    port_is_free,
+    read_exactly,
+    run,
+)
 
 import non_block_io_server
 
@@ -95,17 +105,11 @@ class Terminal:
 
     def __init__(self, folder: Path) -> None:
         self.screen = ""
-        self.process, self.descriptor = pty.fork()
-        if not self.process:
-            os.chdir(ROOT)
-            environment = {
-                "PATH": f"{folder}:{os.environ['PATH']}",
-                "HOME": str(folder),
-                "TMPDIR": str(folder),
-            }
-            environment.update(PS1="$ ", PS2="> ", TERM="dumb", LC_ALL="C.UTF-8")
-            environment.update(PYTHON_BASIC_REPL="1", PYTHONDONTWRITEBYTECODE="1")
-            os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "--noediting", "-i"], environment)
+        environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "TMPDIR": str(folder)}
+        environment.update(PS1="$ ", PS2="> ", TERM="dumb", LC_ALL="C.UTF-8")
+        environment.update(PYTHON_BASIC_REPL="1", PYTHONDONTWRITEBYTECODE="1")
+        shell = "bash", "--norc", "--noprofile", "--noediting", "-i"
+        self.process, self.descriptor = open_terminal(*shell, cwd=ROOT, env=environment)
         fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 250, 0, 0))
         threading.Thread(target=self.watch, daemon=True).start()
         self.expected: list[str] = []
@@ -154,8 +158,8 @@ class Terminal:
 
     def close(self) -> None:
         """End the shell and all programs that it has started."""
-        end_session(self.process)
-        os.waitpid(self.process, 0)
+        end_session(self.process.pid)
+        self.process.wait()
         os.close(self.descriptor)
 
 
@@ -223,7 +227,7 @@ def test_the_fixture_works(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def chat(start: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]:
+def chat(start: Start, tmp_path: Path) -> Start:
     """Return a function that starts the chat server."""
     program = tmp_path / "chat.py"
     program.write_text(code("def chat"))
@@ -235,7 +239,7 @@ def chat(start: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]:
     return start_chat
 
 
-def test_the_chat_sends_messages_to_the_others(chat: Callable[..., Server]) -> None:
+def test_the_chat_sends_messages_to_the_others(chat: Start) -> None:
     server = chat("--connections", "4", "--wait-for", "3")
     clients = [server.seat() for _ in range(3)]
     for number, client in enumerate(clients):
@@ -254,7 +258,7 @@ def test_the_chat_sends_messages_to_the_others(chat: Callable[..., Server]) -> N
 
 
 @pytest.mark.parametrize("disconnects", [False, True], ids=["it reads", "it disconnects"])
-def test_the_chat_waits_for_a_slow_reader(chat: Callable[..., Server], disconnects: bool) -> None:
+def test_the_chat_waits_for_a_slow_reader(chat: Start, disconnects: bool) -> None:
     server = chat("--connections", "3", "--quiet")
     sender, slow = server.seat(), server.seat()
     quick = server.seat()
@@ -330,9 +334,7 @@ def test_its_names_of_the_server_exist() -> None:
 
 
 def test_it_lists_all_options() -> None:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "non_block_io_server.py"), "--help"], capture_output=True, text=True
-    )
+    result = run(SERVER, "--help")
     helped = re.findall(r"^  (?:-\w, )?(--[\w-]+)", result.stdout, re.M)
     assert re.findall(r"^\| `(--[\w-]+)[^|]*` \|", README, re.M) == [
         name for name in helped if name != "--help"
