@@ -329,7 +329,7 @@ class Client:
         if self.calls % CALLS == 0:  # a client that reads fast must not stop the others
             self.loop.wake([self.descriptor])
             await ready(self.loop.interests[self.descriptor])
-        self.send_or_keep(data)
+        self.keep(data)
         end = self.write_end = self.sent + len(self.unsent or b"")
         while self.sent < end and not self.error:
             if time.monotonic() >= deadline:
@@ -345,7 +345,7 @@ class Client:
         Any task can call it.  A client that reads too slowly, so that its queue exceeds QUEUE_LIMIT bytes, is
         disconnected.  An error is raised in the client's own task.
         """
-        self.send_or_keep(data)
+        self.keep(data)
         if len(self.unsent or b"") - max(0, self.write_end - self.sent) > QUEUE_LIMIT and not self.error:
             self.error = OSError(f"too slow: more than {QUEUE_LIMIT:,} bytes are queued")
             with suppress(OSError):
@@ -358,6 +358,8 @@ class Client:
         deadline = self.set_timer(seconds)
         while True:
             await ready(0)
+            if self.error:
+                await fail(self.error)
             if time.monotonic() >= deadline:
                 return
 
@@ -417,17 +419,12 @@ class Client:
         self.sent += sent
         return sent
 
-    def send_or_keep(self, data: bytes) -> None:
-        """Send what the kernel accepts now and keep the rest in `unsent`, or an OSError in `error`."""
-        if not isinstance(data, bytes):
-            data = memoryview(data).cast("B")
-        try:
-            sent = 0 if self.unsent or self.error or not data else self.send(data)
-        except OSError as error:
-            self.error = error
-        if not self.error and sent < len(data):
+    def keep(self, data: bytes) -> None:
+        """Put data behind `unsent`, then send what the kernel accepts now."""
+        if not self.error:
             self.unsent = self.unsent or bytearray()
-            self.unsent += memoryview(data)[sent:]
+            self.unsent += data
+            self.flush()
 
     def flush(self) -> None:
         """Send as much of `unsent` as the kernel accepts now, and keep an OSError in `error`."""
@@ -960,14 +957,10 @@ class Output:
             if self.queue and not self.failure:
                 try:
                     await ready(EPOLLOUT)
-                except OSError:  # no memory or too many watches
-                    await self.pause()
+                except OSError:  # no memory or too many watches: try again later
+                    self.loop.wake_at(time.monotonic() + RETRY_DELAY, self.descriptor)
+                    await ready(0)
         return not self.failure
-
-    async def pause(self) -> None:
-        """Wait until a call that has failed can be repeated."""
-        self.loop.wake_at(time.monotonic() + RETRY_DELAY, self.descriptor)
-        await ready(0)
 
     def flush(self) -> None:
         """Write as much as the kernel accepts now.  An error is kept in `failure`."""
@@ -1340,8 +1333,8 @@ def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> No
 def stop(server: Server, end: BaseException | None) -> None:
     """Serve data that has arrived and write the last lines; raise what has ended the loop, if not a signal."""
     messages, log = server.messages, server.log
-    for output in {messages, log}:
-        server.loop.end(output.descriptor)  # from now on, drain() writes
+    for descriptor in server.listener.fileno(), messages.descriptor, log.descriptor:
+        server.loop.end(descriptor)  # accept no more clients; from now on, drain() writes
     while not isinstance(end, MemoryError):
         try:
             server.finish()

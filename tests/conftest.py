@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import os
 import platform
@@ -9,17 +10,20 @@ import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Callable, Iterable, Iterator
 
 import pytest
+from failing import Failing
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = str(ROOT / "non_block_io_server.py")
@@ -27,17 +31,80 @@ CLIENT = str(ROOT / "client.py")
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # not in every user's PATH; HAProxy and ss may be there
 DEADLINE = 15.0  # seconds to wait for something that should happen immediately
+TEST_LIMIT = 120.0  # seconds for a test, and for its fixtures; no single wait is longer
+REPEAT = 10.0  # seconds until a test that still hangs, for example in a `finally`, is interrupted again
+STREAM_LIMIT = 64 << 20  # bytes of one stream; no test needs as many
+MODES = [[], ["--echo"], ["--every", "0.02"]]  # options: the three protocols
 
 for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
     if signal.getsignal(number) == signal.SIG_IGN:  # by nohup(1), or in a background job: programs inherit it
         signal.signal(number, lambda *_: None)  # as before for this process, but not inherited
 
 
-@pytest.hookimpl(tryfirst=True)  # before the fixtures
-def pytest_runtest_setup() -> None:
+# ---------------------------------------------------------------- the time limit of each test
+
+
+terminal = 2  # a descriptor for the stacks of a process that hangs
+
+
+def out_of_time(*_: Any) -> None:
+    """Fail the test that runs.  Show what each thread is waiting for."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    stacks = [
+        f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    ]
+    pytest.fail("\n".join([f"it has not ended after {TEST_LIMIT:.0f} s; its other threads:", *stacks]))
+
+
+def end_if_it_hangs() -> None:
+    """Let this process end, with the stacks of its threads, if Python code does not get control again."""
+    faulthandler.dump_traceback_later(2 * TEST_LIMIT, exit=True, file=terminal)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the standard error that pytest has before it captures the output of the tests."""
+    global terminal
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        terminal = os.dup(2)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Limit the time of a test.  The signal also interrupts system calls and waits for threads."""
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, TEST_LIMIT, REPEAT)
+    end_if_it_hangs()
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    faulthandler.cancel_dump_traceback_later()
+
+
+pytest_runtest_setup = pytest_runtest_teardown = pytest_runtest_call  # the fixtures have the same limit
+
+
+def pytest_unconfigure() -> None:
+    """Limit the time of Python's own exit, which waits for threads."""
+    end_if_it_hangs()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip each test on a system without epoll."""
     if not hasattr(select, "epoll"):
-        pytest.skip(f"epoll is needed, which only Linux has; this is {platform.system()}")
+        for item in items:
+            reason = f"epoll is needed, which only Linux has; this is {platform.system()}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# ---------------------------------------------------------------- processes and their streams
+
+
+def at_once(check: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
+    """Check all cases at the same time, because most of them wait; return the results."""
+    cases = list(cases)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return list(pool.map(check, cases))
 
 
 def eventually(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> Any:
@@ -52,20 +119,20 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
 
 
 class Stream:
-    """A pipe that a thread reads, so that its writer does not stall."""
+    """A pipe that a thread reads, so that its writer does not stall.  None is an empty stream."""
 
-    def __init__(self, pipe: IO[bytes], paused: bool = False) -> None:
-        self.pipe, self.data = pipe, b""
+    def __init__(self, pipe: IO[bytes] | None, paused: bool = False) -> None:
+        self.pipe = pipe or open(os.devnull, "rb")  # noqa: SIM115
+        self.data, self.ended = b"", False
         self.going = threading.Event()
         self.changed = threading.Condition()
-        self.ended = False
         if not paused:
             self.going.set()
         self.thread = threading.Thread(target=self.read, daemon=True)
         self.thread.start()
 
     def read(self) -> None:
-        while self.going.wait():
+        while self.going.wait() and len(self.data) < STREAM_LIMIT:
             chunk = os.read(self.pipe.fileno(), 65536)
             with self.changed:
                 self.data += chunk
@@ -99,22 +166,39 @@ class Stream:
         assert self.ended, f"the stream does not end:\n{self.text[-3000:]}"
         return self.text
 
+    def close(self) -> None:
+        """Close the pipe after its writer has ended."""
+        self.going.set()
+        self.thread.join(DEADLINE)
+        self.pipe.close()
+
 
 class Server:
     """The server as a process, on a free port."""
 
-    def __init__(self, *options: str, paused: bool = False, program: str = SERVER, **popen: Any) -> None:
+    def __init__(
+        self, *options: str, program: str = SERVER, shell: str = "", paused: bool = False, **popen: Any
+    ) -> None:
+        """`shell` holds commands that a shell runs first, such as a limit or a redirection.
+
+        If `paused`, the test reads standard output only after `out.going.set()`.
+        """
         command = [sys.executable, program, *options]
         if "--port" not in options:
             command += ["--port", "0"]
-        popen.setdefault("stdout", subprocess.PIPE)
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, **popen)
-        assert self.process.stderr
-        self.err = Stream(self.process.stderr)
-        self.out = Stream(self.process.stdout, paused) if self.process.stdout else None
+        if shell:
+            command = ["sh", "-c", f'{shell} && exec "$@"', "sh", *command]
+        popen = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}
+        self.process = subprocess.Popen(command, **popen)
+        self.out = Stream(self.process.stdout, paused)
+        self.err = Stream(self.process.stderr) if self.process.stderr else self.out
         self.clients: list[socket.socket] = []
-        self.host, port = self.err.wait_for(r"^listening on (.+):(\d+), waiting for").groups()
-        self.host, self.port = self.host.strip("[]"), int(port)
+        self.host, self.port = "", 0
+
+    def listens(self) -> None:
+        """Wait for its first line, which shows its address."""
+        host, port = self.err.wait_for(r"^listening on (.+):(\d+), waiting for").groups()
+        self.host, self.port = host.strip("[]"), int(port)
 
     def connect(self, **options: Any) -> socket.socket:
         """Return a blocking connection; `small=True` gives it a small receive buffer."""
@@ -123,8 +207,8 @@ class Server:
         if options.get("small"):  # the stream arrives in small chunks
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1001)
-        client.connect((self.host.replace("0.0.0.0", "127.0.0.1"), self.port))
         self.clients.append(client)
+        client.connect((self.host.replace("0.0.0.0", "127.0.0.1"), self.port))
         return client
 
     def seat(self, **options: Any) -> socket.socket:
@@ -134,7 +218,7 @@ class Server:
         return client
 
     def messages(self, pattern: str) -> re.Match[str]:
-        assert self.out is not None
+        """Wait until standard output matches a pattern; return the match."""
         return self.out.wait_for(pattern)
 
     def status(self, field: str) -> int:
@@ -183,17 +267,41 @@ class Server:
             self.process.kill()
         self.process.wait()
         for stream in (self.out, self.err):
-            if stream:
-                stream.going.set()
-                stream.thread.join(DEADLINE)
-                stream.pipe.close()
+            stream.close()
 
 
-def at_once(check: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
-    """Check all cases at the same time, because most of them wait; return the results."""
-    cases = list(cases)
-    with ThreadPoolExecutor(len(cases)) as pool:
-        return list(pool.map(check, cases))
+def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a Python program that ends on its own: `run(SERVER, "--help")`."""
+    options = {"stdin": subprocess.DEVNULL, "timeout": DEADLINE, **options}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, encoding="utf-8", errors="replace", **options
+    )
+
+
+def open_terminal(*command: str, **popen: Any) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a program in a terminal of its own; return it and the descriptor of the terminal's other end."""
+    ours, theirs = os.openpty()
+    attach = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    attach += "os.execvp(sys.argv[1], sys.argv[1:])"
+    popen.update(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    try:
+        return subprocess.Popen([sys.executable, "-c", attach, *command], **popen), ours
+    finally:
+        os.close(theirs)
+
+
+# ---------------------------------------------------------------- connections
+
+
+def port_of(client: socket.socket) -> int:
+    """Return the client's own port, which the server's log shows."""
+    return int(client.getsockname()[1])
+
+
+def reset(client: socket.socket) -> None:
+    """Close with a reset, not with an end of file."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
 
 
 def arrive(server: Server, client: socket.socket, data: bytes) -> None:
@@ -204,15 +312,16 @@ def arrive(server: Server, client: socket.socket, data: bytes) -> None:
 
 def ending(client: socket.socket) -> tuple[bytes, bool]:
     """Read to the end of the stream; return the data, and whether it ended with a reset."""
-    data = b""
+    data = bytearray()
     while True:
         try:
             chunk = client.recv(1 << 20)
         except ConnectionResetError:
-            return data, True
+            return bytes(data), True
         if not chunk:
-            return data, False
+            return bytes(data), False
         data += chunk
+        assert len(data) < STREAM_LIMIT, "the stream does not end"
 
 
 def is_reset(server: Server) -> bool:
@@ -225,23 +334,21 @@ def is_reset(server: Server) -> bool:
 
 def read_exactly(client: socket.socket, size: int) -> bytes:
     """Read `size` bytes, or fewer if the stream ends."""
-    data = b""
+    assert size < STREAM_LIMIT
+    data = bytearray()
     while len(data) < size:
         chunk = client.recv(min(size - len(data), 1 << 20))
         if not chunk:
             break
         data += chunk
-    return data
+    return bytes(data)
 
 
 def read_all(client: socket.socket) -> bytes:
-    """Read to the end of file."""
-    chunks: list[bytes] = []
-    while True:
-        chunk = client.recv(1 << 20)
-        if not chunk:
-            return b"".join(chunks)
-        chunks.append(chunk)
+    """Read to the end of file; fail if there is a reset."""
+    data, was_reset = ending(client)
+    assert not was_reset, f"a reset after {len(data):,} bytes"
+    return data
 
 
 def is_pings(data: bytes) -> bool:
@@ -249,19 +356,31 @@ def is_pings(data: bytes) -> bool:
     return bool(data) and data == b"ping" * (len(data) // 4)
 
 
+# ---------------------------------------------------------------- fixtures
+
+Start = Callable[..., Server]
+
+
 @pytest.fixture
-def start() -> Iterator[Callable[..., Server]]:
+def start() -> Iterator[Start]:
     """Yield a function that starts servers; end them after the test."""
     servers: list[Server] = []
 
-    def start(*options: str, **popen: Any) -> Server:
-        server = Server(*options, **popen)
-        servers.append(server)
+    def start(*options: str, **how: Any) -> Server:
+        server = Server(*options, **how)
+        servers.append(server)  # before the first line, which may not arrive
+        server.listens()
         return server
 
     yield start
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def failing(tmp_path: Path) -> Failing:
+    """Return the means to let a server's system calls fail, or to change its constants."""
+    return Failing(tmp_path)
 
 
 @contextmanager

@@ -5,19 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import faults
 import pytest
-from conftest import DEADLINE, Server, ending, read_exactly
+from conftest import DEADLINE, Server, Start, ending, read_exactly, run
 
 FOLDER = Path(__file__).resolve().parent / "exercises"
-Start = Callable[..., Server]
 
 
 def fifty(server: Server, *arguments: str) -> list[str]:
-    """Return the command of the program with 50 connections."""
-    return [sys.executable, str(FOLDER / "fifty.py"), str(server.port), *arguments]
+    """Return the program with 50 connections, and its arguments."""
+    return [str(FOLDER / "fifty.py"), str(server.port), *arguments]
 
 
 def echo(start: Start, **options: Any) -> Server:
@@ -26,16 +25,15 @@ def echo(start: Start, **options: Any) -> Server:
 
 @pytest.mark.parametrize("arguments", [["2000000"], ["2000000", "naive"], ["6000000"]], ids=" ".join)
 def test_fifty_connections_get_every_byte(start: Start, arguments: list[str]) -> None:
-    result = subprocess.run(
-        fifty(echo(start), *arguments), capture_output=True, text=True, timeout=4 * DEADLINE
-    )
+    result = run(*fifty(echo(start), *arguments), timeout=4 * DEADLINE)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"50 connections, {int(arguments[0]):,} bytes each: every byte is right\n"
 
 
 def test_the_naive_program_hangs_with_more_than_the_queues_hold(start: Start) -> None:
     server = echo(start)
-    with subprocess.Popen(fifty(server, "20000000", "naive"), stdout=subprocess.DEVNULL) as program:
+    command = [sys.executable, *fifty(server, "20000000", "naive")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as program:
         try:
             server.err.wait_for("^client 50 connected")
             server.settled(0.2)
@@ -53,7 +51,7 @@ def test_fifty_connections_notice_a_wrong_byte_and_an_early_end(start: Start) ->
             *(behaviour, "--quiet", "--connections", "50", "--wait-for", "50"),
             program=str(FOLDER.parent / "misbehave.py"),
         )
-        result = subprocess.run(fifty(server, "100"), capture_output=True, text=True, timeout=DEADLINE)
+        result = run(*fifty(server, "100"))
         assert (result.returncode, result.stdout) == (1, "")
         assert result.stderr.startswith(words)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faults
 import pytest
+from conftest import run
 
+FAULTS = faults.__file__
 HOW = {  # the failure of the lecture's script; another failure does not count
     "reset": r"ends: (ConnectionReset|BrokenPipe)Error",
     "leave": r"prints 'data received\.\.\.' [1-9]",
@@ -48,21 +49,16 @@ def test_the_lecture_has_the_fault_and_this_server_does_not(
     assert not we_fail, our_words
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, faults.__file__, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=faults.DEADLINE)
-
-
 def test_lists_the_faults_and_shows_the_named_one() -> None:
-    listed = run().stdout.splitlines()
+    listed = run(FAULTS).stdout.splitlines()
     assert [line.split()[0] for line in listed] == list(faults.FAULTS)
     assert listed[0] == "reset     a client sends a message, never reads, and leaves"
-    assert run("escape").stdout == (
+    assert run(FAULTS, "escape").stdout == (
         "a message holds an ESC sequence\n"
         "  the lecture's script   prints the raw ESC byte: the terminal obeys\n"
         "  this server            prints \\x1b[31mred\n"
     )
-    unknown = run("nonsense")
+    unknown = run(FAULTS, "nonsense")
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert unknown.stderr.startswith("usage: faults.py ")
 
@@ -70,9 +66,9 @@ def test_lists_the_faults_and_shows_the_named_one() -> None:
 def test_judges_another_server() -> None:
     lecture = str(Path(faults.__file__).with_name("lecture.py"))
     script = f"exec(open({lecture!r}).read().replace('10001', '{{port}}'))"
-    judged = run("bytes", "--server", shlex.join(faults.SERVERS[faults.OURS]))
+    judged = run(FAULTS, "bytes", "--server", shlex.join(faults.SERVERS[faults.OURS]))
     assert (judged.returncode, judged.stderr) == (0, "")
     assert judged.stdout.splitlines()[1] == "  has not                continues: the other client gets pings"
-    judged = run("bytes", "--server", shlex.join([sys.executable, "-c", script]))
+    judged = run(FAULTS, "bytes", "--server", shlex.join([sys.executable, "-c", script]))
     assert (judged.returncode, judged.stderr) == (1, "")
     assert judged.stdout.splitlines()[1].startswith("  has this fault         ends: UnicodeDecodeError: ")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TEST_LIMIT, run
 
 SKIPPED = 77  # exit status: strace is missing, or may not trace
 
@@ -54,16 +53,16 @@ print(f"stopped: {served} clients served, {total} bytes received, {total} bytes 
 """
 
 
-def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tests" / tool), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def run_tool(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a tool; skip the test if it cannot run here."""
+    result = run(str(ROOT / "tests" / tool), *arguments, timeout=TEST_LIMIT)
     if result.returncode == SKIPPED:
         pytest.skip(result.stdout.strip())
     return result
 
 
 def test_a_sample_of_faults_does_no_harm() -> None:
-    result = run("inject.py", "--sample", "30", "--seed", "1")
+    result = run_tool("inject.py", "--sample", "30", "--seed", "1")
     assert result.returncode == 0, result.stdout + result.stderr
     found = re.fullmatch(r"inject: 30 cases, (\d+) not reached, 0 failures\n", result.stdout)
     assert found, result.stdout
@@ -82,7 +81,7 @@ def test_a_sample_of_faults_does_no_harm() -> None:
 def test_finds_the_faults_of_a_bad_server(case: str, wrong: str, tmp_path: Path) -> None:
     bad = tmp_path / "bad_server.py"
     bad.write_text(BAD_SERVER)
-    result = run("inject.py", "--server", str(bad), "--case", case)
+    result = run_tool("inject.py", "--server", str(bad), "--case", case)
     assert result.returncode == 1, result.stdout + result.stderr
     first, *lines, last = result.stdout.splitlines()
     assert first == case
@@ -94,19 +93,18 @@ def test_finds_the_faults_of_a_bad_server(case: str, wrong: str, tmp_path: Path)
 def test_accepts_a_bad_server_without_a_fault(tmp_path: Path) -> None:
     bad = tmp_path / "bad_server.py"
     bad.write_text(BAD_SERVER)
-    result = run("inject.py", "--server", str(bad), "--case", "echo:recvfrom:error=EIO:when=9999")
+    result = run_tool("inject.py", "--server", str(bad), "--case", "echo:recvfrom:error=EIO:when=9999")
     assert (result.returncode, result.stdout) == (0, "inject: 1 cases, 1 not reached, 0 failures\n")
 
 
 def test_reports_why_it_cannot_inject(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    command = [sys.executable, str(ROOT / "tests" / "inject.py"), "--sample", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = run(str(ROOT / "tests" / "inject.py"), "--sample", "1")
     assert (result.returncode, result.stdout) == (SKIPPED, "inject: skipped: strace is not installed\n")
 
 
 def test_holds_many_connections() -> None:
-    result = run("many.py", "--connections", "1000", "--copies", "2")
+    result = run_tool("many.py", "--connections", "1000", "--copies", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     start = (
         "many: 1,000 simultaneous connections over 2 copies, 2,000 echoes, 128,000 bytes checked, 0 wrong; "
@@ -119,7 +117,7 @@ def test_holds_many_connections() -> None:
 
 
 def test_reports_the_limit_that_is_too_low() -> None:
-    result = run("many.py", "--connections", "9000000", "--copies", "1")
+    result = run_tool("many.py", "--connections", "9000000", "--copies", "1")
     assert result.returncode == 1
     assert re.fullmatch(
         r"many: failed: each of 1 copies needs .*\(ulimit -Hn\): use more copies\n", result.stdout

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import random
 import socket
-import struct
 import sys
 import unicodedata
-from typing import Any, Callable
+from typing import Any
 
 import pytest
-from conftest import Server
+from conftest import (
+    Start,
+    reset,
+)
 
 from non_block_io_server import MESSAGE_TITLE, MessageFormatter, escape
 
-Start = Callable[..., Server]
 HEADER = f"{MESSAGE_TITLE} (client 1, 127.0.0.1:9)\n"
 
 
@@ -159,16 +159,8 @@ def test_a_character_that_is_never_completed_is_shown(start: Start, options: Any
     if ends == "half-close":
         client.shutdown(socket.SHUT_WR)
     elif ends == "reset":
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
+        reset(client)
     else:
         server.stop()
-        assert server.out is not None
         assert server.out.rest().endswith("\n\ufffd\n")
     server.messages("^\ufffd$")
-
-
-def test_an_encoding_that_lacks_a_character_escapes_it(start: Start) -> None:
-    server = start("--wait-for", "1", env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    server.seat().sendall("да\n".encode())
-    server.messages(r"^\\u0434\\u0430$")

@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Callable
 
 import pytest
-from conftest import DEADLINE, Server, ending, read_exactly
+from conftest import DEADLINE, Start, ending, read_exactly, run
 
 MISBEHAVE = str(Path(__file__).with_name("misbehave.py"))
 Peer = Callable[..., socket.socket]
 
 
 @pytest.fixture
-def peer(start: Callable[..., Server]) -> Callable[[str], socket.socket]:
+def peer(start: Start) -> Callable[[str], socket.socket]:
     """Return a function that connects to a new server with this behaviour, and sends `hello, peer`."""
 
     def connect(behaviour: str) -> socket.socket:
@@ -54,7 +52,7 @@ def test_silent(peer: Peer) -> None:
     assert ending(client) == (b"", False)
 
 
-def test_closes(start: Callable[..., Server]) -> None:
+def test_closes(start: Start) -> None:
     client = start("--wait-for", "1", program=MISBEHAVE, env={**os.environ, "MISBEHAVE": "closes"}).connect()
     assert ending(client) == (b"", False)
 
@@ -67,7 +65,7 @@ def test_resets(peer: Peer) -> None:
     assert ending(peer("resets")) == (b"hello", True)
 
 
-def test_halves(start: Callable[..., Server]) -> None:
+def test_halves(start: Start) -> None:
     server = start("--wait-for", "1", program=MISBEHAVE, env={**os.environ, "MISBEHAVE": "halves"})
     client = server.seat()
     assert client.recv(1) == b""
@@ -81,7 +79,7 @@ def test_garbage(peer: Peer) -> None:
     assert answer != b"hello, peer"
 
 
-def test_the_name_can_be_an_argument(start: Callable[..., Server]) -> None:
+def test_the_name_can_be_an_argument(start: Start) -> None:
     server = start("cuts", "--wait-for", "1", program=MISBEHAVE)
     client = server.connect()
     client.sendall(b"hello, peer")
@@ -91,12 +89,6 @@ def test_the_name_can_be_an_argument(start: Callable[..., Server]) -> None:
 def test_a_wrong_name_is_wrong_usage() -> None:
     for arguments in [], ["nosuch"]:
         environment = {name: value for name, value in os.environ.items() if name != "MISBEHAVE"}
-        result = subprocess.run(
-            [sys.executable, MISBEHAVE, *arguments],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=DEADLINE,
-        )
+        result = run(MISBEHAVE, *arguments, env=environment)
         assert (result.returncode, result.stdout) == (2, "")
         assert re.match(r"usage: misbehave\.py \{late,slow,", result.stderr)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pty
 import random
 import re
 import shutil
@@ -26,11 +25,24 @@ import termios
 import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import faults
 import pytest
-from conftest import DEADLINE, ROOT, Server, ending, eventually, port_is_free, read_exactly
+from conftest import (
+    DEADLINE,
+    ROOT,
+    SERVER,
+    Server,
+    Start,
+    ending,
+    eventually,
+    open_terminal,
+    port_is_free,
+    read_exactly,
+    reset,
+    run,
+)
 
 import non_block_io_server
 
@@ -120,17 +132,11 @@ class Terminal:
 
     def __init__(self, folder: Path) -> None:
         self.screen = ""
-        self.process, self.descriptor = pty.fork()
-        if not self.process:
-            os.chdir(folder)
-            environment = {
-                "PATH": f"{folder}:{os.environ['PATH']}",
-                "HOME": str(folder),
-                "TMPDIR": str(folder),
-            }
-            environment.update(PS1="$ ", PS2="> ", TERM="dumb", LC_ALL="C.UTF-8")
-            environment.update(PYTHON_BASIC_REPL="1", PYTHONDONTWRITEBYTECODE="1")
-            os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "--noediting", "-i"], environment)
+        environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "TMPDIR": str(folder)}
+        environment.update(PS1="$ ", PS2="> ", TERM="dumb", LC_ALL="C.UTF-8")
+        environment.update(PYTHON_BASIC_REPL="1", PYTHONDONTWRITEBYTECODE="1")
+        shell = "bash", "--norc", "--noprofile", "--noediting", "-i"
+        self.process, self.descriptor = open_terminal(*shell, cwd=folder, env=environment)
         fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 250, 0, 0))
         threading.Thread(target=self.watch, daemon=True).start()
         self.expected: list[str] = []
@@ -185,8 +191,8 @@ class Terminal:
 
     def close(self) -> None:
         """End the shell and all programs that it has started."""
-        end_session(self.process)
-        os.waitpid(self.process, 0)
+        end_session(self.process.pid)
+        self.process.wait()
         os.close(self.descriptor)
 
 
@@ -329,8 +335,7 @@ def test_the_core_and_its_twin_echo_every_byte(twin: faults.Server) -> None:
 @pytest.mark.parametrize("twin", ["core"], indirect=True)
 def test_the_core_ends_at_the_first_reset(twin: faults.Server) -> None:
     (client,) = twin.clients(1)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
+    reset(client)
     assert twin.process.wait(DEADLINE) == 1
     assert twin.last_words() == "ConnectionResetError: [Errno 104] Connection reset by peer"
 
@@ -339,7 +344,7 @@ def test_the_core_ends_at_the_first_reset(twin: faults.Server) -> None:
 
 
 @pytest.fixture
-def protocol(start: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]:
+def protocol(start: Start, tmp_path: Path) -> Start:
     """Return a function that starts a server with one of the README's protocols."""
 
     def start_protocol(name: str, *options: str) -> Server:
@@ -351,7 +356,7 @@ def protocol(start: Callable[..., Server], tmp_path: Path) -> Callable[..., Serv
     return start_protocol
 
 
-def test_the_chat_sends_messages_to_the_others(protocol: Callable[..., Server]) -> None:
+def test_the_chat_sends_messages_to_the_others(protocol: Start) -> None:
     server = protocol("chat", "--connections", "4", "--wait-for", "3")
     clients = [server.seat() for _ in range(3)]
     for number, client in enumerate(clients):
@@ -369,7 +374,7 @@ def test_the_chat_sends_messages_to_the_others(protocol: Callable[..., Server]) 
     server.stop()
 
 
-def test_the_chat_disconnects_a_client_that_never_reads(protocol: Callable[..., Server]) -> None:
+def test_the_chat_disconnects_a_client_that_never_reads(protocol: Start) -> None:
     server = protocol("chat", "--connections", "3", "--quiet")
     sender, slow = server.seat(), server.seat()
     quick = server.seat()
@@ -383,7 +388,7 @@ def test_the_chat_disconnects_a_client_that_never_reads(protocol: Callable[..., 
     server.stop()
 
 
-def test_the_echo_and_the_protocol_of_lines(protocol: Callable[..., Server]) -> None:
+def test_the_echo_and_the_protocol_of_lines(protocol: Start) -> None:
     client = protocol("echo", "--wait-for", "1").seat()
     client.sendall(b"as it is")
     assert read_exactly(client, 8) == b"as it is"
@@ -400,7 +405,7 @@ def test_the_echo_and_the_protocol_of_lines(protocol: Callable[..., Server]) -> 
     server.err.wait_for(r"^client 2 was lost \(the line is too long\)")
 
 
-def test_the_impatient_protocol_disconnects_a_silent_client(protocol: Callable[..., Server]) -> None:
+def test_the_impatient_protocol_disconnects_a_silent_client(protocol: Start) -> None:
     server = protocol("impatient", "--wait-for", "1")
     client = server.seat()
     client.sendall(b"hello")
@@ -409,9 +414,7 @@ def test_the_impatient_protocol_disconnects_a_silent_client(protocol: Callable[.
     server.err.wait_for(r"^client 1 was lost \(")
 
 
-def test_a_mistake_ends_one_connection_and_the_log_shows_it(
-    start: Callable[..., Server], tmp_path: Path
-) -> None:
+def test_a_mistake_ends_one_connection_and_the_log_shows_it(start: Start, tmp_path: Path) -> None:
     echo = SAVED["protocols.py"].replace("protocol=chat", "protocol=echo")
     program, environment = tmp_path / "mistake.py", {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -431,7 +434,7 @@ def test_a_mistake_ends_one_connection_and_the_log_shows_it(
     server.err.wait_for(r"^client 2 was lost")
 
 
-def test_a_second_descriptor_has_its_own_task(start: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_second_descriptor_has_its_own_task(start: Start, tmp_path: Path) -> None:
     (call,) = re.findall(r"`(client\.loop\.start\(.*?)`", README)
     program = tmp_path / "second.py"
     program.write_text(f"""
@@ -460,7 +463,7 @@ main(protocol=protocol)
 # ---------------------------------------------------------------- limits
 
 
-def test_dead_clients_fill_the_backlog(start: Callable[..., Server]) -> None:
+def test_dead_clients_fill_the_backlog(start: Start) -> None:
     server = start("--connections", "1")
     server.seat()
     limit = int(Path("/proc/sys/net/core/somaxconn").read_text())
@@ -471,7 +474,7 @@ def test_dead_clients_fill_the_backlog(start: Callable[..., Server]) -> None:
         client.connect((server.host, server.port))
 
 
-def test_a_quiet_server_logs_two_lines_for_each_connection(start: Callable[..., Server]) -> None:
+def test_a_quiet_server_logs_two_lines_for_each_connection(start: Start) -> None:
     server = start("--echo", "--quiet", "--wait-for", "1")
     for number in range(1, 4):
         server.seat().close()
@@ -479,14 +482,14 @@ def test_a_quiet_server_logs_two_lines_for_each_connection(start: Callable[..., 
     assert len(server.stop().splitlines()) == 1 + 1 + 3 * 2 + 1  # listening, serving, stopped
 
 
-def test_a_full_disk_ends_the_server(start: Callable[..., Server]) -> None:
+def test_a_full_disk_ends_the_server(start: Start) -> None:
     with open("/dev/full", "wb") as full:
         server = start("--wait-for", "1", stdout=full)
         server.seat().sendall(b"hello")
         assert "standard output can no longer be written: No space left on device" in server.ended(1)
 
 
-def test_bytes_pass_a_client_whose_output_is_a_pipe(start: Callable[..., Server]) -> None:
+def test_bytes_pass_a_client_whose_output_is_a_pipe(start: Start) -> None:
     server = start("--echo", "--quiet", "--wait-for", "1")
     command = [sys.executable, str(ROOT / "client.py"), "--port", str(server.port), "\x1b[31m"]
     result = subprocess.run(command, capture_output=True, timeout=DEADLINE)
@@ -540,9 +543,7 @@ def test_its_names_of_the_server_exist() -> None:
 
 
 def test_it_lists_all_options() -> None:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "non_block_io_server.py"), "--help"], capture_output=True, text=True
-    )
+    result = run(SERVER, "--help")
     helped = re.findall(r"^  (?:-\w, )?(--[\w-]+)", result.stdout, re.M)
     assert re.findall(r"^\| `(--[\w-]+)[^|]*` \|", README, re.M) == [
         name for name in helped if name != "--help"
