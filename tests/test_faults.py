@@ -72,3 +72,11 @@ def test_judges_another_server() -> None:
     judged = run(FAULTS, "bytes", "--server", shlex.join([sys.executable, "-c", script]))
     assert (judged.returncode, judged.stderr) == (1, "")
     assert judged.stdout.splitlines()[1].startswith("  has this fault         ends: UnicodeDecodeError: ")
+
+
+def test_a_server_that_sends_no_pings_cannot_be_judged() -> None:
+    silent = "import time, socket; sock = socket.create_server(('127.0.0.1', {port})); time.sleep(60)"
+    judged = run(FAULTS, "reset", "--server", shlex.join([sys.executable, "-c", silent]), timeout=60)
+    assert judged.stdout.splitlines()[1] == "  has this fault         cannot be judged: timed out"
+    judged = run(FAULTS, "leave", "--server", shlex.join([sys.executable, "-c", "1 / 0"]))
+    assert judged.stdout.splitlines()[1].endswith("it ends: ZeroDivisionError: division by zero")

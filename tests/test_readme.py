@@ -463,6 +463,32 @@ main(protocol=protocol)
 # ---------------------------------------------------------------- limits
 
 
+def test_the_balancer_disconnects_silent_clients_and_limits_an_address(
+    start: Start, folder: Path, port_10001: int
+) -> None:
+    if not shutil.which("haproxy"):
+        pytest.skip("missing: haproxy")
+    server = start("--echo", "--quiet", "--connections", "9", "--wait-for", "1")
+    config = code("haproxy", "sh")
+    for old, new in ("10002", f"{server.port}"), ("client 1h", "client 500ms"), ("gt 100", "gt 2"):
+        assert config.count(old) == 1
+        config = config.replace(old, new)
+    config = re.sub(r".*10003\n", "", config)
+    with subprocess.Popen(["bash", "-c", config], start_new_session=True) as process:
+        try:
+            eventually(listens, "HAProxy listens")
+            with ExitStack() as stack:
+                address = "127.0.0.1", port_10001
+                one, _ = [stack.enter_context(socket.create_connection(address, DEADLINE)) for _ in range(2)]
+                with suppress(ConnectionResetError):  # perhaps before it returns
+                    assert ending(stack.enter_context(socket.create_connection(address, DEADLINE)))[0] == b""
+                one.sendall(b"hello")
+                assert read_exactly(one, 5) == b"hello"
+                assert ending(one) == (b"", False)
+        finally:
+            end_session(process.pid)
+
+
 def test_dead_clients_fill_the_backlog(start: Start) -> None:
     server = start("--connections", "1")
     server.seat()
