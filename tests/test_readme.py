@@ -49,7 +49,7 @@ import non_block_io_server
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROMPTS = re.compile(r"(\$|>>>|\.\.\.|>) (?=.)|(?=\^[CQS])")
 DEFINITION = re.compile(r">>> (async )?def ")
-SAVED = dict(re.findall(r"[Ss]ave \w+ as `(\w+\.py)`.*?^```python\n(.*?)^```", README, re.M | re.S))
+SAVED = dict(re.findall(r"[Ss]ave [\w ]+ as `(\w+\.py)`.*?^```python\n(.*?)^```", README, re.M | re.S))
 KEYS = {"^C": "\x03", "^D": "\x04", "^Q": "\x11", "^S": "\x13"}
 
 
