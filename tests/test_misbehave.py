@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from conftest import DEADLINE, Start, ending, read_exactly, run
+from conftest import Start, ending, read_exactly, run
 
 MISBEHAVE = str(Path(__file__).with_name("misbehave.py"))
 Peer = Callable[..., socket.socket]
@@ -28,22 +28,19 @@ def peer(start: Start) -> Callable[[str], socket.socket]:
     return connect
 
 
-def test_late(peer: Peer) -> None:
-    client = peer("late")
-    client.settimeout(0.1)
-    with pytest.raises(socket.timeout):
-        client.recv(1)
-    client.settimeout(DEADLINE)
+@pytest.mark.parametrize(
+    ("behaviour", "trace"),
+    [
+        ("late", r"received 11\n.* waits for a wake\n.* woken\n.* sent 11$"),
+        ("slow", r"received 11\n.* sent 1\n.* waits for a wake\n(.* woken\n.* sent 1\n){10}"),
+    ],
+)
+def test_late_and_slow(start: Start, behaviour: str, trace: str) -> None:
+    server = start(behaviour, "--wait-for", "1", "--quiet", "--trace", program=MISBEHAVE)
+    client = server.connect()
+    client.sendall(b"hello, peer")
     assert read_exactly(client, 11) == b"hello, peer"
-
-
-def test_slow(peer: Peer) -> None:
-    client = peer("slow")
-    assert b"hello, peer".startswith(client.recv(11)), "a part of the answer"
-    chunks = [client.recv(1)]
-    while len(b"".join(chunks)) < 10:
-        chunks.append(client.recv(11))
-    assert len(chunks) > 1
+    assert re.search(trace, server.stop(), re.M)
 
 
 def test_silent(peer: Peer) -> None:
