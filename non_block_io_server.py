@@ -156,9 +156,8 @@ class Loop:
     def wait(self) -> list[tuple[int, int]]:
         """Wait until a descriptor is ready or a timer is due; return (descriptor, events) pairs."""
         for _ in range(BUSY_POLLS):
-            timeout = self.timeout()
             batch = self.epoll.poll(0)
-            if batch or not timeout:
+            if batch or not self.timeout():
                 return batch
             before = time.monotonic()
             with suppress(OSError):  # a sandbox may forbid this call
@@ -389,7 +388,8 @@ class Client:
         Returns b"" if nothing has arrived, if standard output is full, or at the end of file, which
         sets at_eof.  Raises OSError.
         """
-        if self.messages.full:
+        messages = self.messages
+        if messages.full:
             return b""
         try:
             data = read(self.descriptor, READ_SIZE)
@@ -397,7 +397,7 @@ class Client:
             return b""
         self.received += len(data)
         self.at_eof = not data
-        if self.messages.open:
+        if messages.open:
             self.show(data)
         return data
 
