@@ -1032,11 +1032,11 @@ def log_warnings(log: Output, stack: ExitStack) -> None:
     """Write Python's warnings to the log, such as the one about a forgotten `await`, until `stack` ends."""
     import warnings
 
-    def show(message: Any, kind: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-        log.write_line(escape(warnings.formatwarning(message, kind, filename, lineno, line).rstrip()))
+    def show(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
+        log.write_line(escape(warnings.formatwarning(message, category, filename, lineno).rstrip()))
 
     stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]
 
 
 # -------------------------------------------------------------------- signals
