@@ -1036,7 +1036,7 @@ def log_warnings(log: Output, stack: ExitStack) -> None:
         log.write_line(escape(warnings.formatwarning(message, category, filename, lineno).rstrip()))
 
     stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
-    warnings.showwarning = show  # type: ignore[assignment]
+    warnings.showwarning = show
 
 
 # -------------------------------------------------------------------- signals
