@@ -1060,6 +1060,8 @@ def catch_signals(loop: Loop, stack: ExitStack) -> int:
     def end_loop(number: int, frame: Any) -> None:
         if os.getpid() == process:
             loop.running = False
+            with suppress(OSError):  # wakes epoll even if a library has replaced the wakeup descriptor
+                write(writer, b"\0")
         else:  # a forked child has inherited this handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
