@@ -915,7 +915,11 @@ class Output:
         if stream is not None:
             self.given, self.descriptor, self.write_limit = attempt(f"use {name}", open_output, stream)
             encoding = getattr(stream, "encoding", None) or "utf-8"
-            self.encode = codecs.getincrementalencoder(encoding)("backslashreplace").encode  # one BOM at most
+            encoder = codecs.getincrementalencoder(encoding)("backslashreplace")
+            with suppress(OSError):
+                if os.fstat(self.given).st_size:  # the file has its byte order mark
+                    encoder.setstate(0)
+            self.encode = encoder.encode
             self.newline = "\n\n".encode(encoding)[len("\n".encode(encoding)) :]
 
     def write(self, text: str) -> None:
@@ -1027,12 +1031,12 @@ def open_output(stream: TextIO) -> tuple[int, int, int | None]:
         raise ValueError("it has no descriptor") from None
     status, terminal = os.fstat(given), os.isatty(given)
     is_pipe = stat.S_ISFIFO(status.st_mode)
-    if not (terminal or is_pipe or stat.S_ISSOCK(status.st_mode)):
+    writable = fcntl.fcntl(given, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    if not writable or not (terminal or is_pipe or stat.S_ISSOCK(status.st_mode)):
         return given, given, None  # a file has no reader to wait for
     # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again,
     # if that opens the same thing.  Major number 5 are /dev/tty and /dev/ptmx, which open another terminal.
-    writable = fcntl.fcntl(given, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-    if (is_pipe and writable) or (terminal and os.major(status.st_rdev) != 5):
+    if is_pipe or (terminal and os.major(status.st_rdev) != 5):
         with suppress(OSError):  # another user's terminal (after su), or no /proc
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             return given, os.open(f"/proc/self/fd/{given}", flags), None
