@@ -74,7 +74,7 @@ def test_an_interrupted_benchmark_shows_its_figures() -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
     def interrupt(number: int) -> None:
-        with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
+        with subprocess.Popen(command, cwd=ROOT, encoding="utf-8", **pipes) as process:  # type: ignore[call-overload]
             first = next(line for line in process.stderr if line.startswith("pings, round 1 of 9, "))
             process.send_signal(number)
             shown, errors = process.communicate(timeout=DEADLINE)
