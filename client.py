@@ -6,7 +6,7 @@ waits with select(2), which every system has.  Conversation.exchange is the loop
 
     it waits for                     while                      and then calls
     -------------------------------  -------------------------  ---------------------------------------
-    data from standard input         nothing is unsent          Connection.read_input
+    data from standard input         nothing is unsent          Input.read and Connection.send_input
     space in the connection          a chunk is unsent          Connection.send
     data from the connection         everything is written      Connection.receive and Dialogue.show
     space in standard output         a chunk is unwritten       Output.flush
@@ -26,27 +26,29 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
+import io
 import os
 import re
 import select
 import signal
 import socket
 import stat
+import struct
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 TYPE_CHECKING = False  # as in typing, whose import would make the start slower
 if TYPE_CHECKING:
     from typing import Any
 
 HOST, PORT = "127.0.0.1", 10001
-STANDARD_INPUT = 0  # the descriptor
 SIZE = 256 * 1024  # bytes of one chunk
-QUIET = 0.1  # seconds after a typed line until data is received, and again until the answer and prompt
+WRITES = 1000  # writes of an output before the loop checks the deadline again
+QUIET = 0.1  # seconds without input and data until an answer and a prompt
 SILENCE = 1.0  # seconds without a byte from the server until a notice reports that
 GRACE = 0.8  # seconds to close gracefully after a signal
-SHORT_GRACE = 0.1  # seconds after a second signal; not 0, because timeout(1) may send one signal twice
 NEVER = float("inf")
 NOTHING = memoryview(b"")
 
@@ -56,17 +58,36 @@ NEWLINE_AND_PINGS = re.compile(rb"\n(?:ping)+")
 PROMPT, DATA = "> ", "data"  # possible content of a terminal's last row
 SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another client\n"
 
-# Any character but letters and digits of all scripts, printable ASCII, tabs, newlines and spaces
-UNUSUAL = re.compile("[^\\w\t\n !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
+# These draw nothing, but are harmless: spaces, and the joiners of Persian words and emoji families.
+BLANK = "\t\n \xa0\u1680\u2000-\u200a\u202f\u205f\u3000\u200c\u200d"
+# A run of other characters than these and printable ASCII.  U+FE0F after a visible character belongs to
+# no run, because it selects the form of an emoji.
+UNUSUAL = re.compile(f"[^!-~{BLANK}](?<![^{BLANK}\ufe0f]\ufe0f)[^!-~{BLANK}\ufe0f]*")
+# The characters that draw nothing although str.isprintable() accepts them: U+034F, fillers, Khmer inherent
+# vowels, variation selectors
+INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]+"
+)
 
 WINDOWS = sys.platform == "win32"  # select(2) accepts only sockets there
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def connect(host: str = HOST, port: int = PORT) -> socket.socket:
-    """Return a connected, blocking TCP socket.  Raises OSError if that fails."""
+    """Return a connected, blocking TCP socket.  Raises OSError or UnicodeError if that fails.
+
+    If nothing listens on a local port, the kernel may choose it as the client's own port.  TCP then
+    connects the socket to itself (a simultaneous open): this counts as refused.
+    """
     address: Any = host.encode() if host.isascii() else host  # str needs the IDNA tables, 5 ms
-    return socket.create_connection((address, port))
+    sock = socket.create_connection((address, port))
+    with suppress(OSError):  # the connection is already reset
+        if sock.getsockname() == sock.getpeername():
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # frees the port
+            sock.close()
+    if sock.fileno() < 0:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    return sock
 
 
 def count(number: int, noun: str) -> str:
@@ -76,6 +97,8 @@ def count(number: int, noun: str) -> str:
 
 def reason(error: Exception) -> str:
     """Return the cause of an error in words."""
+    if isinstance(error, UnicodeError):
+        return "this is not a valid host name"
     return "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", "") or str(error)
 
 
@@ -86,49 +109,55 @@ class Conversation:
     """The loop, and the signals and the deadline that end it."""
 
     def __init__(self, connection: Connection) -> None:
-        self.connection, self.dialogue = connection, Dialogue(connection)
-        self.signals, self.deadline = 0, NEVER  # number of stop signals; end of the conversation
+        self.connection, self.input = connection, Input()
+        self.dialogue = Dialogue(connection)
+        self.signalled = False
+        self.ending = False  # no more input is read, and no more answers are written
+        self.deadline = NEVER
         self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
         handle_stop_signals(self.stop)
         if self.dialogue.interactive:
-            signal.signal(signal.SIGCONT, self.resume)
+            signal.signal(signal.SIGCONT, self.dialogue.resume)
+            self.dialogue.answer()  # the first prompt
 
     def run(self) -> int:
         """Exchange data and write the summary; return the exit status."""
         self.exchange()
         connection, output = self.connection, self.dialogue.output
         self.dialogue.show(connection.parser.held, final=True)  # the end has cut this ping
-        if output.failure and not self.signals:  # Ctrl-C also ends the program that reads the output
+        if self.input.failure:
+            connection.fail(f"standard input cannot be read: {self.input.failure}")
+        if output.failure and not self.signalled:  # Ctrl-C may also end our reader
             connection.fail(f"standard output can no longer be written: {output.failure}")
         if connection.unsent:
             connection.fail("not everything was sent")
-        if self.signals > 1 and not connection.at_eof:
-            connection.fail("a second signal has ended the conversation")
         lost = f"{count(len(output.unwritten), 'byte')} not written" if output.unwritten else ""
         summary = "; ".join(filter(None, [connection.failure, connection.summary(), lost]))
-        self.dialogue.finish(f"{summary}\n", self.signals > 0)
+        self.dialogue.finish(f"{summary}\n", self.signalled)
         self.exchange()  # the same loop, now only until the summary is written
         return 1 if connection.failure else 0
 
     def exchange(self) -> None:
-        """Pass data on until the server's end of file is received and everything is written.
-
-        The deadline ends this earlier.
-        """
+        """Pass data on until everything is received and written, or until the deadline."""
         connection, dialogue = self.connection, self.dialogue
         output, errors = dialogue.output, dialogue.errors
         while not connection.at_eof or output.unwritten or errors.unwritten:
-            if time.monotonic() >= self.deadline:
+            now, due = time.monotonic(), NEVER if self.ending else dialogue.due()
+            if now >= self.deadline:
                 break
-            if time.monotonic() >= dialogue.due():
+            if now >= due:
                 dialogue.answer()
-            readable, writable = self.wait()
+                continue
+            readable, writable = self.wait(min(self.deadline, due) - now)
             if self.wakeup in readable:
                 self.wakeup.recv(64)
-            if STANDARD_INPUT in readable and not connection.input_ended:  # after Ctrl-C, a read could block
-                dialogue.note_input(connection.read_input())
+            if self.input.descriptor in readable and not connection.input_ended:  # a signal may have ended it
+                chunk = self.input.read()
+                if chunk is not None:
+                    connection.send_input(chunk)
+                    dialogue.note_input(chunk)
             if connection.sock in writable:
                 connection.send()
             if connection.sock in readable:
@@ -136,47 +165,45 @@ class Conversation:
             output.flush()
             errors.flush()
             if output.failure:
-                self.end_within(GRACE)
+                self.end()
 
-    def wait(self) -> tuple[list[Any], list[Any]]:
-        """Wait for descriptors, a signal or a time; return the ready (readable, writable) ones."""
-        connection, dialogue, now = self.connection, self.dialogue, time.monotonic()
-        may_be_paste = now < dialogue.idle_since
+    def wait(self, timeout: float) -> tuple[list[Any], list[Any]]:
+        """Wait for descriptors, a signal or the timeout; return the ready (readable, writable) ones."""
+        connection, dialogue = self.connection, self.dialogue
         reads: list[Any] = [self.wakeup]
         outputs = dialogue.output, dialogue.errors
         writes: list[Any] = [output.descriptor for output in outputs if output.unwritten]
-        if not (connection.at_eof or dialogue.output.unwritten or may_be_paste):
+        if not (connection.at_eof or dialogue.output.unwritten):
             reads.append(connection.sock)
         if connection.unsent or (connection.input_ended and not connection.half_closed):
             writes.append(connection.sock)
         elif not connection.input_ended:
-            reads.append(STANDARD_INPUT)
-        until = min(self.deadline, dialogue.idle_since if may_be_paste else dialogue.due())
-        timeout = None if until == NEVER else max(until - now, 0)
-        return select.select(reads, writes, [], timeout)[:2]
+            reads.append(self.input.descriptor)
+        return select.select(reads, writes, [], None if timeout == NEVER else timeout)[:2]
 
     def stop(self, number: int, frame: Any) -> None:
-        """Handle SIGINT, SIGTERM or SIGHUP: end within a second; after two of them, sooner."""
-        self.signals += 1
-        self.end_within(GRACE if self.signals == 1 else SHORT_GRACE)
-        if self.signals > 1:
-            handle_stop_signals(signal.SIG_DFL)  # a third one kills
+        """Handle SIGINT, SIGTERM or SIGHUP: end within a second.  A further signal changes nothing."""
+        self.signalled = True
+        self.end()
+        self.input.interrupt()
 
-    def end_within(self, seconds: float) -> None:
+    def end(self) -> None:
         """Read no more input, write no more answers, and set the deadline."""
-        self.connection.input_ended = self.dialogue.silence_reported = True
-        self.deadline = min(self.deadline, time.monotonic() + seconds)
+        if not self.ending:
+            self.ending, self.deadline = True, time.monotonic() + GRACE
+            self.connection.end_input()
 
-    def resume(self, number: int, frame: Any) -> None:
-        """Handle SIGCONT after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
-        self.dialogue.row = ""
+    def close(self) -> None:
+        """Close the sockets, and ignore later signals: the exit status is known."""
+        handle_stop_signals(signal.SIG_IGN)
+        self.wakeup.close()
+        self.wakeup_writer.close()
 
 
 def handle_stop_signals(handler: Any) -> None:
     """Set the handler of the signals that end the program.  A signal that is ignored stays ignored."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
@@ -188,52 +215,40 @@ class Connection:
 
     def __init__(self, sock: socket.socket, messages: bytes, raw: bool) -> None:
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # an urgent byte keeps its place
+        with suppress(OSError):  # macOS: the connection is already reset
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # an urgent byte keeps its place
         self.sock, self.raw = sock, raw
         self.unsent = memoryview(messages)
-        self.input_ended = bool(messages)  # no more standard input is read
+        self.input_ended = bool(messages)  # nothing more is sent after `unsent`
         self.half_closed = False  # our end of file is sent
         self.at_eof = False  # the server's end of file is received, or the connection is broken
         self.sent = self.received = 0  # bytes
-        self.messages = 0  # sent messages: each ends with a newline or with our end of file
-        self.partial = False  # a part of a message is sent
         self.parser = PingParser()
         self.failure = ""  # why the conversation is incomplete
 
-    def read_input(self) -> bytes:
-        """Read a chunk of standard input and send as much as fits; return the chunk."""
-        chunk = b""
-        try:
-            chunk = os.read(STANDARD_INPUT, SIZE)
-        except BlockingIOError:  # another program has read it
-            return b""
-        except OSError as error:
-            self.fail(f"standard input cannot be read: {reason(error)}")
-        if not chunk:
-            self.input_ended = True
-        self.unsent = memoryview(chunk)
+    def send_input(self, chunk: bytes) -> None:
+        """Send as much as fits of the next chunk; b"" is the end of the input."""
+        self.unsent, self.input_ended = memoryview(chunk), self.input_ended or not chunk
         self.send()
-        return chunk
 
     def send(self) -> None:
-        """Send as much as fits.  After the last byte, send our end of file."""
+        """Send as much as fits of `unsent`.  After the last byte, send our end of file."""
         try:
             if self.unsent:
                 size = self.sock.send(self.unsent)
                 self.sent += size
-                if not self.raw:
-                    data = bytes(self.unsent[:size])
-                    self.messages += data.count(b"\n")
-                    self.partial = not data.endswith(b"\n")
                 self.unsent = self.unsent[size:] or NOTHING  # frees the chunk: the next one is faster
             if self.input_ended and not self.unsent:
                 self.half_closed = True
-                self.messages += self.partial
                 self.sock.shutdown(socket.SHUT_WR)
         except BlockingIOError:
             pass
         except OSError as error:  # data that arrived before a reset can still be received
-            self.fail(f"the connection is broken: {reason(error)}")
+            self.fail(broken(error))
+
+    def end_input(self) -> None:
+        """Send only what is unsent, and then our end of file."""
+        self.input_ended = True
 
     def receive(self) -> bytes:
         """Receive a chunk and count its pings; return the bytes to show."""
@@ -243,7 +258,7 @@ class Connection:
         except BlockingIOError:
             return b""
         except OSError as error:
-            self.fail(f"the connection is broken: {reason(error)}")
+            self.fail(broken(error))
         self.received, self.at_eof = self.received + len(chunk), not chunk
         if self.at_eof and (self.unsent or not self.input_ended):
             self.fail("the server has ended the conversation")
@@ -252,16 +267,22 @@ class Connection:
     def fail(self, failure: str) -> None:
         """Send nothing more but our end of file.  The summary reports the first failure."""
         self.failure = self.failure or failure
-        self.unsent, self.input_ended, self.partial = NOTHING, True, False
+        self.unsent, self.input_ended = NOTHING, True
 
     def summary(self) -> str:
         """Return the totals of both directions, as text."""
-        sent, received = count(self.sent, "byte"), count(self.received, "byte")
+        received = count(self.received, "byte")
         if not self.raw:
             pings, others = self.parser.pings, self.received - self.parser.pings * len(PING)
-            sent = f"{count(self.messages, 'message')}, {sent}"
             received = count(pings, "ping") + (f", {count(others, 'other byte')}" if others else "")
-        return f"sent {sent}; received {received}"
+        return f"sent {count(self.sent, 'byte')}; received {received}"
+
+
+def broken(error: OSError) -> str:
+    """Return why a connection is broken.  Which error reports a close depends on what arrives first."""
+    if isinstance(error, ConnectionError) or error.errno == errno.ENOTCONN:
+        return "the server has closed the connection"
+    return f"the connection is broken: {reason(error)}"
 
 
 class PingParser:
@@ -300,12 +321,13 @@ class PingParser:
 class Dialogue:
     """The user's view: received data and, if standard input is a terminal, prompts and answers.
 
-    Data is shown below a prompt, never over it: the user may have typed half a line.
+    Data is shown below a prompt, never behind it, because the user may have typed half a line.
+    The client does not see what the user types before the prompt: data may continue that row.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.interactive = os.isatty(STANDARD_INPUT) and not connection.input_ended and not connection.raw
+        self.interactive = os.isatty(0) and not connection.input_ended and not connection.raw
         self.output, self.errors = Output(1), Output(2)
         self.terminal = os.isatty(1)
         self.terminal_text = TerminalText() if self.terminal and not connection.raw else None
@@ -313,15 +335,13 @@ class Dialogue:
         self.row = ""  # content of the terminal's last row: nothing, PROMPT or DATA
         self.asked = False  # the last line that the user has typed has no answer
         self.silence_reported = False
-        # The time of the last input or data; 0.0 before the first.  After a typed line, it is in
-        # the future, and nothing is received until then: the user may be pasting more lines.
-        self.idle_since = time.monotonic() if connection.unsent else 0.0
+        self.idle_since = time.monotonic()  # the time of the last input or shown data, or of the start
 
     def note_input(self, chunk: bytes) -> None:
         """Note a chunk that was read from standard input."""
         if self.interactive and chunk.endswith(b"\n"):  # Ctrl-D sends a line without its end
             self.row, self.asked = "", True
-        self.idle_since = time.monotonic() + (QUIET if self.interactive else 0.0)
+        self.idle_since = time.monotonic()
 
     def show(self, data: bytes, final: bool = False) -> None:
         """Write received data; `final` means that no more data follows."""
@@ -331,13 +351,14 @@ class Dialogue:
             if self.row == PROMPT:
                 data = b"\n" + data
             self.row, self.asked = "" if data.endswith(b"\n") else DATA, False
-            self.idle_since = time.monotonic()
+            self.idle_since = time.monotonic()  # more data may follow before the prompt
         self.output.write(data)
 
     def is_silent(self) -> bool:
         """Return whether the server has not answered any input, and no notice has reported that."""
-        heard = self.connection.received or self.connection.at_eof or self.silence_reported
-        return self.idle_since > 0 and not heard
+        connection = self.connection
+        heard = connection.received or connection.at_eof or self.silence_reported
+        return not heard and (connection.sent > 0 or connection.half_closed)
 
     def due(self) -> float:
         """Return the time of the next answer, or NEVER."""
@@ -361,6 +382,10 @@ class Dialogue:
         self.row, self.asked = PROMPT if text.endswith(PROMPT) else "", False
         self.screen.write(text.encode())  # last, because resume() may change the row at any time
 
+    def resume(self, number: int, frame: Any) -> None:
+        """Handle SIGCONT after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
+        self.row = ""
+
     def finish(self, summary: str, signalled: bool) -> None:
         """Write the summary to standard error, on a terminal in its own row."""
         shares_row = self.interactive or (self.terminal and os.isatty(2))
@@ -369,13 +394,43 @@ class Dialogue:
         self.errors.write(summary.encode())
 
 
+class Input:
+    """Standard input.  A read does not wait, or a signal ends it.
+
+    Two programs may share a terminal: a shell and its job, or two clients.  select reports a line to
+    both, one reads it, and the read of the other waits unless the terminal can be opened again.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor = open_again(0, os.O_RDONLY) if os.isatty(0) and not WINDOWS else 0
+        self.may_wait, self.failure = False, ""
+
+    def read(self) -> bytes | None:
+        """Return a chunk, b"" at the end of file or after an error, or None if nothing is left to read."""
+        try:
+            self.may_wait = os.get_blocking(self.descriptor)
+            return os.read(self.descriptor, SIZE)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as error:
+            self.failure = reason(error)
+            return b""
+        finally:
+            self.may_wait = False
+
+    def interrupt(self) -> None:
+        """End a read that waits, from a signal's handler.  Only an exception ends it (PEP 475)."""
+        if self.may_wait:
+            self.may_wait = False
+            raise InterruptedError
+
+
 class Output:
     """Standard output or standard error.  A write never waits: the rest stays unwritten.
 
-    A write that does not fit waits, even if select has reported the descriptor as writable.
-    O_NONBLOCK prevents that, but on an inherited descriptor it affects every process that shares
-    it, such as the shell.  So the output is opened again.  If this is not possible, a write has at
-    most PIPE_BUF bytes (pipe(7)), and one byte on a terminal.
+    A write that does not fit waits, even if select has reported the descriptor as writable, unless
+    the output can be opened again.  If it cannot, a write has at most PIPE_BUF bytes (pipe(7)), and
+    one byte on a terminal.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -383,11 +438,11 @@ class Output:
         self.limit: int | None = None  # bytes of a write, if a longer one could wait
         self.unwritten, self.failure = NOTHING, ""
         mode = os.fstat(descriptor).st_mode
-        if not (WINDOWS or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):  # a file has no reader to wait for
-            with suppress(OSError):
-                self.descriptor = os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            if os.get_blocking(self.descriptor):  # on macOS, opening it is only a dup(2)
-                self.limit = 1 if os.isatty(self.descriptor) else select.PIPE_BUF
+        has_reader = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(descriptor)
+        if has_reader and not WINDOWS:
+            self.descriptor = open_again(descriptor, os.O_WRONLY)
+            if os.get_blocking(self.descriptor):
+                self.limit = 1 if os.isatty(descriptor) else select.PIPE_BUF
 
     def write(self, data: bytes) -> None:
         """Write as much as fits.  After an error, discard everything."""
@@ -396,10 +451,10 @@ class Output:
             self.flush()
 
     def flush(self) -> None:
-        """Write as much of `unwritten` as fits."""
+        """Write as much of `unwritten` as fits, in at most WRITES writes."""
         try:
-            while self.unwritten:
-                if self.limit and not select.select([], [self.descriptor], [], 0)[1]:
+            for _ in range(WRITES):
+                if not self.unwritten or (self.limit and not select.select([], [self.descriptor], [], 0)[1]):
                     break
                 size = os.write(self.descriptor, self.unwritten[: self.limit])
                 self.unwritten = self.unwritten[size:] or NOTHING  # frees the chunk
@@ -409,35 +464,43 @@ class Output:
             self.unwritten, self.failure = NOTHING, reason(error)
 
 
+def open_again(descriptor: int, access: int) -> int:
+    """Return a non-blocking descriptor of the same terminal or pipe, or the given one if this is impossible.
+
+    O_NONBLOCK on an inherited descriptor affects every process that shares it, such as the shell.
+    On macOS, opening it again is only a dup(2), which ignores the flag.
+    """
+    path = f"/dev/fd/{descriptor}"
+    with suppress(OSError):  # a socket, or another user's terminal
+        if not os.path.realpath(path).endswith("/ptmx"):  # opening this makes a new pseudo-terminal
+            return os.open(path, access | os.O_NONBLOCK | os.O_NOCTTY)
+    return descriptor
+
+
 class TerminalText:
     """A filter that turns bytes into text that is safe on a terminal.  Chunks may end anywhere."""
 
     def __init__(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.before = " "  # the last character, or a space if it is invisible: a joiner may follow
-        self.held = ""  # a carriage return or a joiner: its meaning depends on the next character
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.decoder = io.IncrementalNewlineDecoder(decoder, translate=False)  # never splits CR LF
+        self.last = " "  # the last shown character, because a U+FE0F may follow
 
     def feed(self, data: bytes, final: bool) -> str:
         """Return the text of the next bytes, escaped.  CR LF ends a line like LF."""
-        text = self.before + self.held + self.decoder.decode(data, final)
-        self.held = text[-1] if text.endswith(("\r", *JOINERS)) and not final else ""
-        text = text[: len(text) - len(self.held)]
-        self.before = text[-1] if text[-1].isprintable() else " "
-        return UNUSUAL.sub(escape, text.replace("\r\n", "\n"))[1:]
+        text = self.last + self.decoder.decode(data, final).replace("\r\n", "\n")
+        text = UNUSUAL.sub(escape, text)
+        self.last = text[-1].replace("\ufe0f", " ")  # only one U+FE0F may follow a character
+        return text[1:]
 
 
 def escape(found: re.Match[str]) -> str:
-    """Return an unusual character, escaped if it could harm or mislead: `\\x1b`, `\\u202e`.
+    """Return a run of characters; escape those that could harm or mislead: `\\x1b`, `\\u202e`.
 
-    The harmful ones are controls, line separators, invisible characters, and characters that
-    change the order of others.  A joiner between two visible characters is kept.
+    They are controls, line separators, invisible characters, and characters that change the order
+    of others.
     """
-    character, code = found[0], ord(found[0])
-    neighbours = found.string[found.start() - 1] + found.string[found.end() : found.end() + 1]
-    are_visible = neighbours.isprintable() and len(neighbours.strip()) == 2
-    if character.isprintable() or (character in JOINERS and are_visible):
-        return character
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    text = repr(found[0])[1:-1].replace("\\r", "\\x0d")  # repr() escapes what is not printable
+    return INVISIBLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 # -------------------------------------------------------------------- the command line
@@ -463,29 +526,41 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if not 0 < options.port < 65536:
         parser.error("argument --port: must be from 1 to 65535")
+    options.host = options.host.strip("[]")  # the server shows an IPv6 address in brackets
     if not options.host:
         parser.error("argument --host: must not be empty")
     return options
 
 
+def open_standard_streams() -> None:
+    """Open /dev/null as each closed standard stream, so that the socket does not become one."""
+    for descriptor in 0, 1, 2:
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+
+
 def main() -> int:
     """Connect and run one conversation; return the exit status."""
     handle_stop_signals(signal.SIG_DFL)  # until there is a connection, a signal ends the program
+    if not WINDOWS:  # our parent may have blocked these
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [*STOP_SIGNALS, signal.SIGCONT])
     options = arguments()
     if WINDOWS and not options.message:
         sys.exit("cannot watch standard input on Windows: give each MESSAGE as an argument")
-    try:
-        while os.open(os.devnull, os.O_RDWR) <= 2:  # a closed standard stream must not become the socket
-            pass
-        sock = connect(options.host.strip("[]"), options.port)  # the server shows an IPv6 address in brackets
-    except (OSError, UnicodeError) as error:
-        hint = "; is the server running?" if isinstance(error, ConnectionRefusedError) else ""
-        sys.exit(f"cannot connect to {options.host}, port {options.port}: {reason(error)}{hint}")
     messages = b"".join(os.fsencode(message) + b"\n" for message in options.message)
+    task = f"open {os.devnull}"
     try:
-        return Conversation(Connection(sock, messages, options.raw)).run()
-    except (OSError, MemoryError, ValueError) as error:  # select(2) cannot watch descriptors above 1023
-        sys.exit(f"cannot continue: {reason(error)}")
+        open_standard_streams()
+        task = f"connect to {options.host}, port {options.port}"
+        sock = connect(options.host, options.port)
+        task = "continue"
+        with sock, closing(Conversation(Connection(sock, messages, options.raw))) as conversation:
+            return conversation.run()
+    except (OSError, MemoryError, ValueError) as error:  # ValueError: select(2) has a limit of 1,023
+        hint = "; is the server running?" if isinstance(error, ConnectionRefusedError) else ""
+        sys.exit(f"cannot {task}: {reason(error)}{hint}")
 
 
 if __name__ == "__main__":

@@ -7,25 +7,28 @@ How can one program serve several connections at once, without processes and wit
 The answer is an event loop.  Wait for all descriptors in one call.  Then make only calls that do not wait:
 
     while running:
-        for descriptor, events in epoll.poll():    # waits until a descriptor is ready
-            tasks[descriptor].send(events)         # resumes the task that owns it
+        for descriptor, events in epoll.poll():             # waits until a descriptor is ready
+            interest = tasks[descriptor].send(events)       # resumes its task, up to the next `await ready`
+            epoll.modify(descriptor, interest)              # the events that the task waits for now
 
-A task is a generator that owns one descriptor.  It reads like a program that blocks, with a `yield`
-wherever that program would block.  It yields its interest (the mask of the events that it waits for),
-and the loop resumes it with the events that epoll reports, or with 0 when another task or a timer wakes
-it (Loop.wake).  A task can also yield another task.  This is a call: the loop runs the called task until
-it ends, then resumes the caller (PEP 342: a trampoline).
+A task is a coroutine that owns one descriptor.  It looks like blocking code, with an `await` at each
+place where that code would block.  Every such wait ends in `await ready(interest)`: it hands the
+interest (a mask of events) to the loop, and returns the events that epoll has reported, or 0 if another
+task or a timer has woken this one.
 
-    task            waits for                           when it is resumed
-    --------------  ----------------------------------  -----------------------------------
-    Server.accept   EPOLLIN, while a seat is free       gives new connections a seat
-    Server.serve    until enough clients are connected  runs the client's protocol:
-      flood         EPOLLIN and EPOLLOUT                prints a message, sends many pings
-      echo          EPOLLIN; EPOLLOUT with unsent data  prints a message, sends it back
-      heartbeat     EPOLLIN and the next beat           prints a message, sends one ping
-    Server.beat     the time of the next beat           resumes the clients
-    Output.run      EPOLLOUT, while it is stalled       writes queued text
-    stop_signal     EPOLLIN                             ends the loop
+    task                   waits for                           when it is resumed
+    ---------------------  ----------------------------------  -----------------------------------
+    Server.accept          EPOLLIN, while a seat is free       gives new connections a seat
+    Server.serve           until enough clients are connected  runs the client's protocol:
+      flood                EPOLLIN and EPOLLOUT                prints a message, sends many pings
+      echo                 EPOLLIN; EPOLLOUT with unsent data  prints a message, sends it back
+      heartbeat            EPOLLIN and the next beat           prints a message, sends one ping
+    Output.run             EPOLLOUT, while it is stalled       writes queued text
+    read_signals           EPOLLIN                             empties the signal pipe
+
+Read in this order: `ready` and `Loop`, then `Client`, then the protocols.  This third of the file is the
+idea.  The rest makes it hold: the server and its listener, the text of messages, outputs that stall,
+signals, the trace, the command line.
 
 With no option, the server waits for two clients, then serves both.  It runs until a signal.
 Messages go to standard output, everything else to standard error.
@@ -36,15 +39,19 @@ from __future__ import annotations
 import argparse
 import codecs
 import errno
-import functools
+import io
+import math
+import operator
 import os
 import re
 import signal
 import socket
+import stat
 import struct
 import sys
 import time
-from contextlib import suppress
+import types
+from contextlib import ExitStack, contextmanager, suppress
 from os import read, write
 
 try:
@@ -59,9 +66,9 @@ except (ImportError, AttributeError):  # not Linux: the module can be imported; 
 
 TYPE_CHECKING = False  # as in typing, whose import would make the start slower
 if TYPE_CHECKING:
-    from typing import Any, Callable, Generator, Iterable, TextIO
+    from typing import Any, Callable, Coroutine, Generator, Iterable, Iterator, TextIO
 
-    Task = Generator[Any, Any, None]  # yields an interest or a task to call; is sent events
+    Task = Coroutine[Any, Any, None]  # yields its interest, is sent events
     Protocol = Callable[["Client"], Task]
 
 # -------------------------------------------------------------------- constants
@@ -70,50 +77,44 @@ PING = b"ping"
 PINGS = memoryview(PING * 65536)  # 256 KiB per send, because each call is expensive
 READ_SIZE = 65536  # bytes per read, so that a client that sends a lot does not starve the others
 ACCEPTS = 16  # accepts per event, so that a burst of new clients does not starve connected ones
-BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
 WRITES = 256  # writes of an output per event, so that a slow terminal does not starve the clients
+CALLS = 16  # calls of Client.write without a wait: then the other tasks have their turn
+BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
+LONG_YIELD = 0.0005  # seconds: if a yield of the processor takes longer, another program needs it
+QUEUE_LIMIT = 16 * 1024 * 1024  # bytes in a client's queue; a client with more is disconnected
 OUTPUT_LIMIT = 1024 * 1024  # an output with more bytes in its queue counts as full
 SPARE_FILES = 16  # descriptors that belong to no client: outputs, epoll, listener, signal pipe, pings
-RETRY_DELAY = 1.0  # seconds before a call that failed for lack of a resource is tried again
+TIMER_SCAN = 0.001  # seconds between two scans of all timers
+RETRY_DELAY = 1.0  # seconds until a call that failed because a resource ran out is repeated
+LINGER_TIMEOUT = 1.0  # seconds to wait for a client's end of file after ours
 FLUSH_TIMEOUT = 1.0  # seconds to wait for a stalled output at shutdown
 DRAIN_TIMEOUT = 5.0  # seconds to wait for a slow output at shutdown
-FINISH_TIMEOUT = 0.2  # seconds to read from clients that continue to send at shutdown
+FINISH_TIMEOUT = 0.2  # seconds to serve clients that continue to send at shutdown
+FINISH_POLL = 0.01  # seconds to wait for space in a connection at shutdown
 SIGNAL_TIMEOUT = 0.1  # seconds to wait for a stop signal when standard output breaks
 MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) accepts no timeout of more than 24 days
-NO_DESCRIPTOR = -1  # the key of the beat's task, which owns no descriptor
+NEVER = math.inf
 TCP_RTO_MAX_MS = 44  # from linux/tcp.h, since Linux 6.15
-# accept(2): the backlog is empty, or the connection that accept would have returned is broken.
-NETWORK_ERRORS = (
-    "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH EOPNOTSUPP ENETUNREACH"
-)
+FATAL = KeyboardInterrupt, SystemExit, MemoryError  # exceptions that end the server, from any task
 MESSAGE_TITLE = "data received..."
-IN_USE = "address already in use (another program uses this port; stop it, or choose another with --port)"
-OUT_OF_MEMORY = b"out of memory: the server cannot continue"
-
-
-class CannotContinue(Exception):
-    """A failure that ends the server with status 1.  Its text gives the reason in one line."""
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun in the right form: `1 ping`, `1,204,113 pings`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def why(error: BaseException) -> str:
-    """Return why a call failed, in the system's words if it has any: `No space left on device`."""
-    if getattr(error, "errno", 0) == errno.EADDRINUSE:
-        return IN_USE
-    return getattr(error, "strerror", None) or repr(error)
-
-
-def name_of(address: Any) -> str:
-    """Return a socket's address as text: `127.0.0.1:10001`, `[::1]:10001`."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
+OUT_OF_MEMORY = "out of memory: the server cannot continue"
 
 # -------------------------------------------------------------------- the loop
+
+
+@types.coroutine
+def ready(interest: int) -> Generator[Any, Any, int]:
+    """Wait until epoll reports one of these events; return them (0 after a wake).
+
+    This is the only place where a task waits.  The loop raises an error here if epoll cannot watch the
+    descriptor (OSError), or if `interest` is no mask of events (TypeError).
+    """
+    return (yield interest) or 0
+
+
+async def fail(error: Exception) -> None:
+    """Raise an error in the running task, by way of the loop: see Loop.change_interest."""
+    await ready(error)  # type: ignore[arg-type]
 
 
 class Loop:
@@ -123,71 +124,88 @@ class Loop:
         self.running = True
         self.epoll = epoll()
         self.tasks: dict[int, Task] = {}  # by descriptor
-        self.callers: dict[int, list[Task]] = {}  # by descriptor: tasks whose call has not returned
-        self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them
-        self.timers: dict[int, float] = {}  # when to resume a task without events: time.monotonic()
+        self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them; the oldest first
+        self.starting: dict[int, Task] = {}  # tasks that start with the next batch
+        self.woken: dict[int, None] = {}  # descriptors whose tasks are resumed after this batch
+        self.timers: dict[int, float] = {}  # when to wake a task: time.monotonic()
+        self.next_timer = NEVER  # no timer is due before
+        self.on_end: Callable[[int, BaseException | None], None]  # gets a task's descriptor and exception
 
     def run(self) -> None:
         """Resume tasks until `running` is false."""
         while self.running:
             self.resume(self.wait())
-            if self.timers:
+            if self.woken or self.timers:
                 self.resume(self.due())
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
-        """Run each task to its next yield, and do what it yields.
+        """Run each task of a batch to its next `await ready`, and tell epoll what it waits for.
 
-        `batch` holds pairs of a descriptor and its events.  An earlier event of the batch may have
-        ended a task.  Resuming it raises StopIteration again, which does no harm.
+        `batch` holds pairs of a descriptor and its events.
         """
         tasks, interests = self.tasks, self.interests
         for descriptor, events in batch:
             try:
-                result = tasks[descriptor].send(events)
-                if result == interests[descriptor]:
-                    continue
-            except Exception as end:
-                result = end
-            self.handle(descriptor, result)
+                interest = tasks[descriptor].send(events)
+            except BaseException as end:
+                self.end(descriptor, end)
+            else:
+                if interest != interests[descriptor]:
+                    self.change_interest(descriptor, interest)
 
-    def handle(self, descriptor: int, result: Any) -> None:
-        """Handle what a task has yielded or raised.  Return when a task waits or the last one has ended.
+    def wait(self) -> list[tuple[int, int]]:
+        """Wait until a descriptor is ready or a timer is due; return (descriptor, events) pairs."""
+        for _ in range(BUSY_POLLS):
+            timeout = self.timeout()
+            batch = self.epoll.poll(0)
+            if batch or not timeout:
+                return batch
+            before = time.monotonic()
+            with suppress(OSError):  # a sandbox may forbid this call
+                os.sched_yield()  # lets another program use this processor
+            if time.monotonic() - before > LONG_YIELD:
+                break
+        return self.epoll.poll(self.timeout())
 
-        An exception goes to the caller of the task that raised it; an error of set_interest goes to
-        the task itself.  It is raised there at the yield.
-        """
-        callers = self.callers[descriptor]
-        while callers or not isinstance(result, Exception):
+    def timeout(self) -> float:
+        """Return how long epoll may wait, in seconds; -1 is without limit."""
+        if self.woken:
+            return 0.0
+        if not self.timers:
+            return -1.0
+        return min(max(0.0, self.next_timer - time.monotonic()), MAX_TIMEOUT)
+
+    def due(self) -> Iterable[tuple[int, None]]:
+        """Return the woken tasks and those whose timer is due, without events, and forget these wakes."""
+        now = time.monotonic() if self.timers else 0.0
+        if self.timers and now >= self.next_timer:
+            due = [descriptor for descriptor, when in self.timers.items() if when <= now]
+            for descriptor in due:
+                del self.timers[descriptor]
+            self.wake(due)
+            self.next_timer = max(min(self.timers.values(), default=NEVER), now + TIMER_SCAN)
+        batch, self.woken = self.woken, {}  # a task that is woken again waits for the next batch
+        self.tasks.update(self.starting)
+        self.interests.update(dict.fromkeys(self.starting, 0))
+        self.starting.clear()
+        return [(descriptor, None) for descriptor in batch]
+
+    def change_interest(self, descriptor: int, interest: Any) -> None:
+        """Tell epoll what a task waits for.  An error is raised in the task; a second one ends it."""
+        try:
+            self.watch(descriptor, interest)
+        except Exception as error:
             try:
-                if isinstance(result, Exception):  # a call has ended: its caller continues
-                    task = self.tasks[descriptor] = callers.pop()
-                    if isinstance(result, StopIteration):
-                        result = task.send(result.value)
-                    else:
-                        result = task.throw(result)
-                elif hasattr(result, "send"):  # a call: the called task runs in the place of this one
-                    callers.append(self.tasks[descriptor])
-                    self.tasks[descriptor] = result
-                    result = result.send(None)
-                else:
-                    callers.append(self.tasks[descriptor])  # if this fails, the error is raised in this task
-                    self.set_interest(descriptor, result)
-                    callers.pop()
-                    return
-            except Exception as end:
-                result = end
-        with suppress(OSError):  # if the task has closed its descriptor, the kernel has removed it
-            self.epoll.unregister(descriptor)
-        self.interests.pop(descriptor, None)  # a stale event may resume an ended task again
-        if not isinstance(result, StopIteration):
-            raise result
+                self.watch(descriptor, self.tasks[descriptor].throw(error))
+            except BaseException as end:
+                self.end(descriptor, end)
 
-    def set_interest(self, descriptor: int, interest: int) -> None:
-        """Tell epoll what a task waits for.
-
-        Raises OSError (no memory, too many watches); TypeError, ValueError or OverflowError if a task has
-        yielded neither an interest nor a task.
-        """
+    def watch(self, descriptor: int, interest: Any) -> None:
+        """Register an interest with epoll.  Raises OSError, TypeError, or an exception in its place."""
+        if isinstance(interest, Exception):
+            raise interest
+        if not (isinstance(interest, int) and 0 <= interest < 1 << 32):
+            raise TypeError(f"a task can only await ready(interest), not a {type(interest).__name__}")
         before = self.interests[descriptor]
         if interest == before:
             return
@@ -197,45 +215,68 @@ class Loop:
             self.epoll.modify(descriptor, interest)
         else:
             self.epoll.register(descriptor, interest)
+        del self.interests[descriptor]  # it becomes the newest
         self.interests[descriptor] = interest
 
-    def wait(self) -> Iterable[tuple[int, int]]:
-        """Wait until a descriptor is ready or a timer is due; return (descriptor, events) pairs."""
-        timeout = -1.0
-        if self.timers:
-            timeout = min(max(0.0, min(self.timers.values()) - time.monotonic()), MAX_TIMEOUT)
-        for _ in range(BUSY_POLLS if timeout else 0):
-            ready = self.epoll.poll(0)
-            if ready:
-                return ready
-            with suppress(OSError):  # a sandbox may forbid this call
-                os.sched_yield()  # lets another process use this processor
-        return self.epoll.poll(timeout)
+    def end(self, descriptor: int, error: BaseException | None = None) -> None:
+        """Forget a task that has ended, or end it, and report that to `on_end`."""
+        task = self.tasks.pop(descriptor, None)
+        if task is None:  # the event is stale: an earlier one of the batch has ended the task
+            return
+        self.timers.pop(descriptor, None)
+        if self.interests.pop(descriptor):
+            with suppress(OSError):  # before close(2), because another process may hold a copy: epoll(7)
+                self.epoll.unregister(descriptor)
+        if isinstance(error, FATAL):
+            raise error
+        try:
+            task.close()
+        except Exception as mistake:
+            error = error or mistake
+        self.on_end(descriptor, None if isinstance(error, StopIteration) else error)
 
-    def due(self) -> Iterable[tuple[int, int]]:
-        """Return the descriptors whose timer is due, with no events, and forget these timers."""
-        now = time.monotonic()
-        due = {descriptor: 0 for descriptor, when in self.timers.items() if when <= now}
-        for descriptor in due:
-            del self.timers[descriptor]
-        return due.items()
+    def start(self, name: str, descriptor: int, task: Task) -> None:
+        """Start a task after this batch.  `name` is for --trace: see TracedLoop.
 
-    def wake(self, descriptors: Iterable[int], when: float = 0.0) -> None:
-        """Resume tasks without events at `when` (time.monotonic()), or after this batch."""
-        # Use this for a task that may be running, because a generator cannot be resumed while it runs.
-        self.timers.update(dict.fromkeys(descriptors, when))
+        Raises TypeError if `task` is no coroutine, ValueError if the descriptor has a task.
+        """
+        if not isinstance(task, types.CoroutineType):
+            raise TypeError(f"a task is the call of an `async def` function, not a {type(task).__name__}")
+        if descriptor in self.tasks or descriptor in self.starting:
+            task.close()
+            raise ValueError(f"descriptor {descriptor} already has a task")
+        self.wake([descriptor])
+        self.starting[descriptor] = task
 
-    def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
-        """Run a new task to its first yield.  `name` and `counted` are for --trace: see TracedLoop."""
-        self.tasks[descriptor], self.callers[descriptor], self.interests[descriptor] = task, [], 0
-        self.resume([(descriptor, None)])
+    def wake(self, descriptors: Iterable[int]) -> None:
+        """Resume tasks without events after this batch, in this order.  Raises TypeError."""
+        self.woken.update(dict.fromkeys(map(operator.index, descriptors)))
+
+    def wake_at(self, when: float, descriptor: int) -> None:
+        """Resume a task without events at `when` (time.monotonic()).  Raises TypeError, ValueError."""
+        if not when > -NEVER:
+            raise ValueError(f"{when} is not a time")
+        self.timers[operator.index(descriptor)] = when
+        self.next_timer = min(self.next_timer, when)
+
+    def close(self) -> None:
+        """End all tasks, so that Python does not end them later."""
+        for task in [*self.tasks.values(), *self.starting.values()]:
+            with suppress(Exception):
+                task.close()
+        self.epoll.close()
 
 
 # -------------------------------------------------------------------- a client's connection
 
 
 class Client:
-    """A connection that has a seat, as a protocol sees it.  No method waits.
+    """A connection that has a seat, as a protocol sees it.
+
+    A protocol is an `async def` function of a client.  `read`, `write`, `queue` and `sleep` are for every
+    protocol; `interest`, `receive` and `send` are the ground floor, which never waits, for a protocol that
+    awaits `ready` itself.  When a protocol returns, the client gets what is queued, then the end of
+    file.  When it raises an exception, the client gets a reset.
 
     The socket is non-blocking although epoll has reported it ready: the event may be stale
     (an earlier event of the same batch has changed the state), a send may be larger than the
@@ -246,18 +287,101 @@ class Client:
     """
 
     def __init__(self, server: Server, sock: socket.socket, name: str, address: str) -> None:
-        self.server, self.messages, self.name = server, server.messages, name
-        self.sock, self.descriptor = sock, sock.fileno()
-        self.formatter = MessageFormatter(f"{MESSAGE_TITLE} ({name}, {address})\n")
+        self.server, self.loop, self.messages = server, server.loop, server.messages
+        self.sock, self.descriptor, self.name, self.address = sock, sock.fileno(), name, address
+        self.seated = time.monotonic()
         self.received = self.sent = 0  # bytes
-        self.unsent = b""  # bytes that the protocol has queued: see flush()
         self.at_eof = False  # the client has closed or half-closed its side
-        self.reason = "left"
+        self.unsent: bytearray | None = None  # data that the kernel has not accepted yet
+        self.write_end = 0  # the last write() is complete when so many bytes are sent
+        self.error: OSError | None = None  # why nothing more can be sent
+        self.closed_by_protocol = False
+        self.calls = 0  # of write()
+        self.formatter: MessageFormatter | None = None  # from the first message on
+
+    async def read(self, timeout: float | None = None) -> bytes:
+        """Wait for data, print it as a message and return it; b"" is the end of file.
+
+        Meanwhile, send what is queued.  Raises OSError if the connection is broken, TimeoutError after
+        `timeout` seconds without data, EOFError when it is called again after the end of file.
+        """
+        deadline = self.set_timer(timeout)
+        if self.at_eof:
+            await fail(EOFError("read() after the end of file"))
+        while True:
+            await ready(self.interest)
+            data = self.receive()
+            self.flush()
+            if data or (self.at_eof and not self.error):
+                return data
+            if self.error and not self.messages.full:  # an error of a send is raised after the last data
+                await fail(self.error)
+            if time.monotonic() >= deadline and not self.unread():
+                await fail(TimeoutError(f"no data for {timeout:g} s"))
+
+    async def write(self, data: bytes, timeout: float | None = None) -> None:
+        """Send data, after what is queued; wait while the client reads slowly (backpressure).
+
+        Raises OSError if the connection is broken, TimeoutError after `timeout` seconds.
+        """
+        deadline = self.set_timer(timeout)
+        self.calls += 1
+        if self.calls % CALLS == 0:  # a client that reads fast must not stop the others
+            self.loop.wake([self.descriptor])
+            await ready(self.loop.interests[self.descriptor])
+        self.keep(data)
+        end = self.write_end = self.sent + len(self.unsent or b"")
+        while self.sent < end and not self.error:
+            if time.monotonic() >= deadline:
+                await fail(TimeoutError(f"unsent data after {timeout:g} s"))
+            await ready(EPOLLOUT)
+            self.flush()
+        if self.error:
+            await fail(self.error)
+
+    def queue(self, data: bytes) -> None:
+        """Send what the kernel accepts now, and let the client's own task send the rest.
+
+        Any task can call it.  A client that reads too slowly, so that its queue exceeds QUEUE_LIMIT bytes, is
+        disconnected.  An error is raised in the client's own task.
+        """
+        self.keep(data)
+        if len(self.unsent or b"") - max(0, self.write_end - self.sent) > QUEUE_LIMIT and not self.error:
+            self.error = OSError(f"too slow: more than {QUEUE_LIMIT:,} bytes are queued")
+            with suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)  # epoll reports it, whatever the task waits for
+        if self.unsent or self.error:
+            self.loop.wake([self.descriptor])
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait and read nothing; other clients are served."""
+        deadline = self.set_timer(seconds)
+        while True:
+            await ready(0)
+            if self.error:
+                await fail(self.error)
+            if time.monotonic() >= deadline:
+                return
+
+    def set_timer(self, timeout: float | None) -> float:
+        """Return the time at which a wait ends, and let the loop wake the task then.
+
+        Raises RuntimeError in another task than the client's own: it would wait for the wrong descriptor.
+        """
+        task = self.loop.tasks.get(self.descriptor)
+        if not (task and task.cr_running):  # type: ignore[attr-defined]
+            raise RuntimeError(f"only its own task can wait for {self.name}: use queue() to send it data")
+        if timeout is None:
+            return NEVER
+        deadline = time.monotonic() + timeout
+        self.loop.wake_at(deadline, self.descriptor)
+        return deadline
 
     @property
-    def reading(self) -> int:
-        """The interest in reading: EPOLLIN, or 0 at the end of file or while standard output is full."""
-        return 0 if self.at_eof or self.messages.full else EPOLLIN
+    def interest(self) -> int:
+        """What a client's task waits for: data that it can print, and space for unsent data."""
+        reading = 0 if self.at_eof or self.messages.full else EPOLLIN
+        return reading | EPOLLOUT if self.unsent and not self.error else reading
 
     def receive(self) -> bytes:
         """Read and print one chunk, at most READ_SIZE bytes; epoll reports the rest again.
@@ -277,7 +401,7 @@ class Client:
             self.show(data)
         return data
 
-    def send(self, data: bytes | memoryview) -> int:
+    def send(self, data: bytes | bytearray | memoryview) -> int:
         """Send as many bytes as the kernel accepts now; return their number.  Raises OSError."""
         try:
             sent = write(self.descriptor, data)
@@ -286,26 +410,396 @@ class Client:
         self.sent += sent
         return sent
 
+    def send_file(self, file: int, offset: int, size: int) -> int:
+        """Send bytes of a file, as `send` does; sendfile(2) copies nothing.  Raises OSError."""
+        try:
+            sent = os.sendfile(self.descriptor, file, offset, size)
+        except BlockingIOError:
+            return 0
+        self.sent += sent
+        return sent
+
+    def keep(self, data: bytes) -> None:
+        """Put data behind `unsent`, then send what the kernel accepts now."""
+        if not self.error:
+            self.unsent = self.unsent or bytearray()
+            self.unsent += data
+            self.flush()
+
     def flush(self) -> None:
-        """Send as much of `unsent` as the kernel accepts now.  Raises OSError."""
-        if self.unsent:
-            self.unsent = self.unsent[self.send(self.unsent) :]
+        """Send as much of `unsent` as the kernel accepts now, and keep an OSError in `error`."""
+        if self.unsent and not self.error:
+            try:
+                del self.unsent[: self.send(self.unsent)]  # this copies nothing, whatever the size
+            except OSError as error:
+                self.error = error
 
     def show(self, data: bytes, final: bool = False) -> None:
         """Print bytes as a message; `final` means that no more bytes follow."""
         if self.messages.failure:
-            self.messages.lost += len(data)  # to format it would delay the exit
-        else:
+            self.messages.lost += len(data)  # the server is about to exit: do not spend time on formatting
+        elif data or self.formatter:
+            self.formatter = self.formatter or MessageFormatter(
+                f"{MESSAGE_TITLE} ({self.name}, {self.address})\n"
+            )
             self.messages.write(self.formatter.format(data, final))
 
-    def break_off(self) -> None:
-        """Let the close send a reset instead of an end of file, because the stream is incomplete."""
-        with suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    def has_left(self) -> bool:
+        """Return whether the client's end of file is the next thing to read.  Raises OSError."""
+        with suppress(BlockingIOError):
+            self.at_eof = not self.sock.recv(1, socket.MSG_PEEK)
+        return self.at_eof
 
     def unread(self) -> int:
-        """Return the number of bytes that have arrived and are unread: tcp(7), SIOCINQ.  Raises OSError."""
-        return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
+        """Return the number of bytes that have arrived and are unread: tcp(7), SIOCINQ."""
+        with suppress(OSError, ValueError):  # the protocol has closed the socket
+            return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
+        return 0
+
+    def close(self, complete: bool) -> None:
+        """Close the socket, with a reset if the stream is incomplete, so that the client knows that."""
+        self.descriptor = -1  # the number can belong to another client soon
+        with suppress(OSError):  # close(2): the descriptor is free even after an error
+            if not complete:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with suppress(OSError):
+            self.sock.close()
+
+
+# -------------------------------------------------------------------- protocols
+
+
+async def echo(client: Client) -> None:
+    """Send each chunk back.  Read nothing while a chunk is unsent: this is backpressure."""
+    messages = client.messages
+    while not client.at_eof:
+        await ready(0 if messages.full else EPOLLIN)
+        data = client.receive()
+        if data:
+            sent = client.send(data)
+            if sent < len(data):
+                await client.write(data[sent:])
+        del data  # an idle client keeps no chunk in memory
+
+
+async def flood(client: Client) -> None:
+    """Send pings as fast as the client reads them."""
+    while not client.at_eof:
+        events = await ready(client.interest | EPOLLOUT)
+        if events & EPOLLIN:
+            client.receive()
+        if events & EPOLLOUT and not client.at_eof:
+            client.server.pings.send(client)
+    cut = client.sent % len(PING)
+    if cut:
+        await client.write(PING[cut:])
+
+
+async def heartbeat(client: Client) -> None:
+    """Send one ping per beat, at the same time to all clients; skip beats while a ping is unsent."""
+    first, every = client.server.serving_since, client.server.every
+    beat = max(0, math.ceil((client.seated - first) / every))  # the number of the next beat
+    while not (client.at_eof or client.error):
+        client.loop.wake_at(first + beat * every, client.descriptor)
+        await ready(client.interest)
+        client.receive()
+        client.flush()
+        passed = (time.monotonic() - first) / every  # beats
+        if passed >= beat:
+            beat = math.floor(passed) + 1
+            if not client.at_eof and not client.unsent:
+                client.queue(PING)
+
+
+class Pings:
+    """A source of pings: a file in memory that is full of them, or memory if this is not possible."""
+
+    def __init__(self) -> None:
+        self.file = -1
+        with suppress(AttributeError, OSError):  # an old C library, a sandbox, a limit on the size of files
+            self.file = os.memfd_create("pings")
+            if write(self.file, PINGS) + write(self.file, PING) == len(PINGS) + len(PING):
+                return  # one ping more, because a send may begin inside a ping
+        self.close()
+
+    def send(self, client: Client) -> None:
+        """Send as many pings as the kernel accepts now, from the byte at which the last send has ended."""
+        cut = client.sent % len(PING)
+        try:
+            client.send(PINGS[cut:]) if self.file < 0 else client.send_file(self.file, cut, len(PINGS))
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            self.close()  # a container can allow memfd_create(2) and refuse sendfile(2)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file >= 0:
+            os.close(self.file)
+        self.file = -1
+
+
+# -------------------------------------------------------------------- the server
+
+
+class Server:
+    """The clients, the start of serving, and the totals."""
+
+    def __init__(self, loop: Loop, options: Any, protocol: Protocol, messages: Output, log: Output) -> None:
+        self.loop, self.protocol, self.messages, self.log = loop, protocol, messages, log
+        self.seats, self.wait_for, self.every = options.connections, options.wait_for, options.every
+        self.unit, self.unit_size = ("ping", len(PING)) if protocol in (flood, heartbeat) else ("byte", 1)
+        self.new_client = TracedClient if options.trace else Client
+        self.listener = attempt(f"listen on {name_of((options.host, options.port))}", listen, options)
+        self.pings = Pings()
+        self.clients: dict[int, Client] = {}  # by descriptor
+        self.serving, self.serving_since = False, 0.0
+        self.accepted = self.served = 0
+        self.received = self.sent = 0  # bytes and units, of the clients that have disconnected
+        loop.on_end = self.task_ended
+
+    async def accept(self) -> None:
+        """The listener's task: accept connections while a seat is free; others wait in the backlog."""
+        reported = ""
+        while True:
+            try:  # an error of epoll_ctl(2) is also raised here
+                await ready(EPOLLIN if len(self.clients) < self.seats else 0)
+                for _ in range(min(ACCEPTS, self.seats - len(self.clients))):
+                    sock, address = self.listener.accept()
+                    reported = ""
+                    self.seat(sock, name_of(address))
+                    if not self.serving and len(self.clients) >= self.wait_for:
+                        self.loop.wake([*self.clients, self.listener.fileno()])
+                        await ready(0)  # a client that has disconnected leaves now
+                        if len(self.clients) >= self.wait_for:
+                            self.begin()
+            except OSError as error:
+                if error.errno not in NETWORK_ERRORS:
+                    if why(error) != reported:
+                        reported = why(error)
+                        self.log.write_line(f"not accepting for now: {reported}")
+                        if error.errno == errno.EMFILE and not self.clients:
+                            self.log.write_line(
+                                "no client can connect: raise the limit on open files (ulimit -n)"
+                            )
+                    # The connection stays in the backlog, so epoll would report the listener on every wait.
+                    self.loop.wake_at(time.monotonic() + RETRY_DELAY, self.listener.fileno())
+                    await ready(0)
+
+    def seat(self, sock: socket.socket, address: str) -> None:
+        """Give a connection a seat and start its task."""
+        descriptor = sock.fileno()
+        if descriptor in self.clients:  # its number is free, so its socket is closed
+            self.clients[descriptor].sock.detach()
+        self.loop.end(descriptor, OSError("its protocol has closed the socket"))
+        self.accepted += 1
+        self.served += self.serving
+        client = self.new_client(self, sock, f"client {self.accepted}", address)
+        self.clients[descriptor] = client
+        self.loop.start(client.name, descriptor, self.serve(client))
+        self.log.write_line(f"{client.name} connected from {address}, {self.seats_taken()}")
+
+    def begin(self) -> None:
+        """Start serving: wake the tasks of the waiting clients."""
+        self.serving, self.serving_since, self.served = True, time.monotonic(), len(self.clients)
+        self.log.write_line(f"serving {count(self.served, 'client')}")
+        self.loop.wake(self.clients)
+
+    async def serve(self, client: Client) -> None:
+        """A client's task: wait until serving starts, run the protocol, end the stream."""
+        try:
+            client.sock.setblocking(False)
+            interest = EPOLLIN
+            while not self.serving and not client.has_left():
+                await ready(interest)
+                interest = 0 if client.unread() else EPOLLIN  # leave the data in the kernel
+            if client.at_eof:  # a port probe: it has connected, sent nothing and closed
+                return
+            await self.protocol(client)
+            await client.write(b"")  # returns when everything is sent
+            if not client.at_eof and not client.has_left():
+                client.closed_by_protocol = True
+                await self.linger(client)
+        except (*FATAL, GeneratorExit):
+            raise
+        except BaseException:  # the connection is broken, or the protocol has a fault
+            with suppress(OSError):  # data that arrived before the error can still be read
+                arrived = client.received + client.unread()
+                while client.received < arrived and not client.at_eof:
+                    while self.messages.full:
+                        await ready(0)
+                    client.receive()
+            raise
+
+    async def linger(self, client: Client) -> None:
+        """Send the end of file and read until the client's own, because closing earlier could send a reset.
+
+        A reset discards data in transit: RFC 1122, 4.2.2.13.
+        """
+        client.sock.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_TIMEOUT
+        with suppress(TimeoutError):
+            while await client.read(deadline - time.monotonic()) and time.monotonic() < deadline:
+                pass
+
+    def task_ended(self, descriptor: int, error: BaseException | None) -> None:
+        """Log the mistake that has ended a task; disconnect the client if it was a client's task."""
+        client = self.clients.get(descriptor)
+        if error and not (client and isinstance(error, OSError)):
+            import traceback  # here, because its import would make the start slower
+
+            lines = traceback.format_exception(type(error), error, error.__traceback__)
+            self.log.write_line(escape("".join(lines).rstrip()))
+        if client:
+            reason = self.reason(client, error)
+            client.show(b"", final=True)
+            self.forget(client, complete=not error)
+            totals = self.totals(client.received, client.sent // self.unit_size)
+            counted = "" if self.serving else ", not counted as a client"
+            self.log.write_line(f"{client.name} {reason}: {totals}{counted}, {self.seats_taken()}")
+            self.loop.wake([self.listener.fileno()])  # the next connection in the backlog can get the seat
+
+    def reason(self, client: Client, error: BaseException | None) -> str:
+        """Return in what way a client's connection has ended, for the log."""
+        if error is None:
+            return "was closed by its protocol" if client.closed_by_protocol else "left"
+        if not isinstance(error, OSError):
+            return f"was lost ({type(error).__name__} in its protocol)"
+        with suppress(OSError):  # if the kernel still has the connection, the error is not a reset
+            if error.errno not in RESET_ERRORS or client.sock.getpeername():
+                return f"was lost ({why(error)})"
+        return "was reset"
+
+    def forget(self, client: Client, complete: bool) -> None:
+        """End a client's task, close the connection and free the seat; `complete` as in Client.close."""
+        del self.clients[client.descriptor]
+        self.loop.end(client.descriptor)  # before the socket is closed
+        client.close(complete)
+        self.received += client.received
+        self.sent += client.sent // self.unit_size
+
+    def finish(self) -> None:
+        """Serve the data that has arrived, then end all tasks of clients.
+
+        This is the same loop, but it resumes only clients that have sent data or have unsent data.  It goes
+        on until there are none, or for FINISH_TIMEOUT, or as long as data that has arrived becomes less.
+        """
+        self.serving = True
+        arrived = {client: client.received + client.unread() for client in self.clients.values()}
+        self.loop.wake(self.clients)  # a client that waited is served
+        deadline, left = time.monotonic() + FINISH_TIMEOUT, NEVER
+        while True:
+            self.loop.resume(self.loop.due())
+            self.messages.drain()
+            clients = self.clients
+            unsent = any(client.unsent for client in clients.values())
+            events = self.loop.epoll.poll(FINISH_POLL if unsent else 0, len(self.loop.tasks) + 1)
+            batch = [(d, e) for d, e in events if d in clients and (e & EPOLLIN or clients[d].unsent)]
+            if not (batch or unsent or self.loop.woken):
+                break
+            before, left = left, sum(max(0, arrived.get(c, 0) - c.received) for c in clients.values())
+            if time.monotonic() > deadline and left >= before:
+                break
+            self.loop.resume(batch)
+        for client in list(self.clients.values()):
+            self.cut_off(client, arrived.get(client, 0))
+
+    def cut_off(self, client: Client, arrived: int) -> None:
+        """Print data that has arrived, complete a cut ping, end the task and the connection."""
+        unsent = client.unsent or self.loop.interests.get(client.descriptor, 0) & EPOLLOUT
+        complete = self.unit == "ping" or not (unsent or client.unread())
+        with suppress(OSError):  # the connection is broken
+            while client.received < arrived:  # for example, because the client does not read its echo
+                self.messages.drain()
+                if not client.receive():
+                    break
+            client.show(b"", final=True)
+            if client.sent % self.unit_size:
+                with suppress(OSError):  # 0 removes the limit, so that the rest of the ping fits
+                    client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
+                client.send(PING[client.sent % self.unit_size :])
+        self.forget(client, complete and client.sent % self.unit_size == 0)
+
+    def summary(self) -> str:
+        """Return the last line of the log."""
+        dropped = f", {count(self.log.dropped, 'log line')} dropped" if self.log.dropped else ""
+        totals = self.totals(self.received, self.sent)
+        return f"stopped: {count(self.served, 'client')} served, {totals}{dropped}"
+
+    def seats_taken(self) -> str:
+        """Return how many seats are taken, as text."""
+        return f"{len(self.clients):,} of {count(self.seats, 'seat')} taken"
+
+    def totals(self, received: int, sent: int) -> str:
+        """Return bytes received and units (bytes or pings) sent, as text."""
+        return f"{count(received, 'byte')} received, {count(sent, self.unit)} sent"
+
+    def close(self) -> None:
+        """Close all sockets and the file of pings."""
+        for client in self.clients.values():
+            client.close(complete=False)
+        self.listener.close()
+        self.pings.close()
+
+
+# accept(2): the backlog is empty, or the connection that accept would have returned is broken.
+NETWORK_ERRORS = [
+    getattr(errno, name, None)
+    for name in (
+        *("EAGAIN", "ECONNABORTED", "EPROTO", "ENETDOWN", "ENOPROTOOPT"),
+        *("EHOSTDOWN", "ENONET", "EHOSTUNREACH", "EOPNOTSUPP", "ENETUNREACH"),
+    )
+]
+RESET_ERRORS = errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN
+
+
+def listen(options: Any) -> socket.socket:
+    """Return a listener on the host's first usable address, IPv4 first.  Raises OSError, UnicodeError."""
+    # A name in bytes needs no codec for international names, and so no import of three modules.
+    name = options.host.encode() if options.host.isascii() else options.host
+    errors = []
+    for family, _, _, _, address in sorted(socket.getaddrinfo(name, options.port, 0, socket.SOCK_STREAM)):
+        try:
+            return listen_on(family, address, options)
+        except OSError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def listen_on(family: int, address: Any, options: Any) -> socket.socket:
+    """Return a non-blocking listener.  Raises OSError."""
+    sock = socket.socket(family)
+    needed = [(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)]  # a restart works while old connections exist
+    if options.reuse_port:
+        needed.append((socket.SOL_SOCKET, socket.SO_REUSEPORT, 1))
+    if family == socket.AF_INET6:
+        needed.append((socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::"))  # :: also accepts IPv4
+    tuning = (  # socket(7), tcp(7); the connections inherit these options
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),  # an urgent byte keeps its place in the stream
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # a short answer leaves immediately
+        (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16384),  # bounds the kernel memory of unread pings
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # detects a peer that vanished without closing:
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # after 60 s of silence,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),  # probes it every 10 s,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),  # 6 times
+        (socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 10000),  # also detects one that does not acknowledge data
+    )
+    try:
+        for option in needed:
+            sock.setsockopt(*option)
+        for option in tuning:
+            with suppress(OSError):  # this system does not have it
+                sock.setsockopt(*option)
+        sock.bind(address)
+        sock.listen(65535)  # the kernel reduces it to net.core.somaxconn
+        sock.setblocking(False)  # a connection may vanish after epoll has reported it
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+# -------------------------------------------------------------------- the text of messages
 
 
 class MessageFormatter:
@@ -330,312 +824,68 @@ class MessageFormatter:
         if not text:
             return ""
         text = text.replace("\r\n", "\n")
-        text = text[:-1] if text.endswith("\n") else text
-        if not text.isprintable():
-            text = "\n  ".join(line if line.isprintable() else escape(line) for line in text.split("\n"))
-        indent = "  " if text.startswith(MESSAGE_TITLE) else ""
-        return f"{self.header}{indent}{text}\n"
+        text = escape(text[:-1] if text.endswith("\n") else text)
+        return f"{self.header}{'  ' if imitates_header(text) else ''}{text}\n"
 
 
-JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
-# Runs of characters other than letters, digits, printable ASCII, tabs and spaces; or one joiner.
-UNUSUAL = f"[^\\w\t !-~\xa0\u1680\u2000-\u200a\u202f\u205f\u3000{JOINERS}]+|[{JOINERS}]"
+def imitates_header(text: str) -> bool:
+    """Return whether the first line looks like a header, perhaps with foreign letters or marks in it."""
+    if text.isascii():
+        return text.startswith(MESSAGE_TITLE)
+    start = re.sub(r"[^\w.\u2024-\u2026\uff0e]", "", text[:200])  # without spaces and marks that overlay
+    title = "".join(f"[{letter}\x80-\U0010ffff]" for letter in "datareceived")
+    return bool(re.match(f"{title}[.\u2024-\u2026\uff0e]", start))
 
 
-def escape(line: str) -> str:
+def escape(text: str) -> str:
     r"""Escape characters that could harm a terminal or mislead a reader: `\x1b`, `\u202e`, `\U000e0041`.
 
-    These are all controls except tab, line and paragraph separators, and all format, surrogate,
-    private-use and unassigned characters.  A joiner between two visible characters is kept.
+    These are all controls except tab, line and paragraph separators, all format, surrogate,
+    private-use and unassigned characters except joiners, and characters that no terminal shows.
+    Lines after the first are indented.
     """
-
-    def escaped(found: re.Match[str]) -> str:
-        """Return a joiner between two visible characters as it is, and other characters escaped."""
-        if found[0] in JOINERS:
-            before, after = line[found.start() - 1 : found.start()], line[found.end() : found.end() + 1]
-            if (before + after).isprintable() and before.strip() and after.strip():
-                return found[0]
-        return repr(found[0])[1:-1].replace("\\r", "\\x0d")  # repr escapes what is not printable
-
-    return re.sub(UNUSUAL, escaped, line)  # re compiles it at its first use
+    if text.isascii() and text.isprintable():
+        return text
+    text = text.translate(ESCAPES)
+    # An emoji selector changes the character before it.  Without one, it is not visible.
+    return re.sub("(?<![^\\s\u200c\u200d\ufe0f])\ufe0f", r"\\ufe0f", text) if "\ufe0f" in text else text
 
 
-# -------------------------------------------------------------------- protocols
+class Escapes(dict):  # type: ignore[type-arg]
+    """A table for str.translate: how to show each character.  An entry is made at its first use."""
+
+    SIZE = 0x10000  # the most entries
+
+    def __missing__(self, code: int) -> str:
+        """Return how to show a character."""
+        shown = chr(code)
+        if not shown.isprintable() or code in INVISIBLE:
+            shown = f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+        if len(self) < self.SIZE:
+            self[code] = shown
+        return shown
 
 
-def flood(client: Client) -> Task:
-    """Send pings as fast as the client reads them."""
-    pings = pings_file()
-    while not client.at_eof:
-        events = yield client.reading | EPOLLOUT
-        if events & EPOLLIN:
-            client.receive()
-        if events & EPOLLOUT and not client.at_eof:
-            cut = client.sent % len(PING)  # bytes already sent of a ping that a partial send has cut
-            if pings is None:
-                client.send(PINGS[cut:])
-            else:
-                with suppress(BlockingIOError):  # sendfile(2) copies nothing
-                    client.sent += os.sendfile(client.descriptor, pings, cut, len(PINGS))
-    while client.sent % len(PING):
-        yield EPOLLOUT
-        client.send(PING[client.sent % len(PING) :])
-
-
-@functools.lru_cache(maxsize=None)
-def pings_file() -> int | None:
-    """Return the descriptor of a file in memory that is full of pings; None if this is not possible."""
-    with suppress(AttributeError, OSError):  # an old C library, a sandbox, a limit on the size of files
-        file = os.memfd_create("pings")
-        if write(file, PINGS) + write(file, PING) == len(PINGS) + len(PING):  # a send may begin inside a ping
-            return file
-    return None
-
-
-def echo(client: Client) -> Task:
-    """Send each chunk back.  Read nothing while a chunk is unsent: this is backpressure."""
-    # For speed, this repeats the code of client.receive() and client.send() (README: Speed).
-    descriptor, messages = client.descriptor, client.messages
-    while True:
-        data, sent = b"", 0  # an idle client keeps no chunk in memory
-        yield EPOLLIN
-        while messages.full:
-            yield 0
-        try:
-            data = read(descriptor, READ_SIZE)
-            if not data:
-                client.at_eof = True
-                return
-            client.received += len(data)
-            if messages.open:
-                client.show(data)
-            sent = write(descriptor, data)
-        except BlockingIOError:
-            pass
-        client.sent += sent
-        while sent < len(data):
-            yield EPOLLOUT
-            sent += client.send(data[sent:])
-
-
-def heartbeat(client: Client) -> Task:
-    """Send one ping per beat.  Skip beats while a ping is unsent, so that unsent data stays bounded."""
-    server, beats = client.server, client.server.beats
-    while client.unsent or not client.at_eof:
-        events = yield client.reading | (EPOLLOUT if client.unsent else 0)
-        if events & EPOLLIN:
-            client.receive()
-        if server.beats > beats and not client.unsent and not client.at_eof:
-            client.unsent = PING
-        beats = server.beats
-        client.flush()
-
-
-# -------------------------------------------------------------------- the server
-
-
-class Server:
-    """The clients, the start of serving, the timer of the beat, and the totals."""
-
-    def __init__(self, loop: Loop, options: Any, protocol: Protocol, messages: Output, log: Output) -> None:
-        self.loop, self.protocol, self.messages, self.log = loop, protocol, messages, log
-        self.seats, self.wait_for, self.every = options.connections, options.wait_for, options.every
-        self.unit, self.unit_size = ("ping", len(PING)) if protocol in (flood, heartbeat) else ("byte", 1)
-        self.listener = attempt(f"listen on {name_of((options.host, options.port))}", listen, options)
-        self.clients: dict[int, Client] = {}  # by descriptor
-        self.serving = False
-        self.accepted = self.served = self.beats = 0
-        self.received = self.sent = 0  # bytes and units, of the clients that have disconnected
-
-    def accept(self) -> Task:
-        """The listener's task: accept connections while a seat is free; others wait in the backlog."""
-        reported = ""
-        while True:
-            try:  # an error of epoll_ctl(2) is also raised here, at the yield
-                yield EPOLLIN if len(self.clients) < self.seats else 0
-                for _ in range(min(ACCEPTS, self.seats - len(self.clients))):
-                    sock, address = self.listener.accept()
-                    self.seat(sock, name_of(address))
-                    reported = ""
-            except OSError as error:
-                if error.errno not in [getattr(errno, name) for name in NETWORK_ERRORS.split()]:
-                    if why(error) != reported:
-                        reported = why(error)
-                        self.log.write_line(f"not accepting for now: {reported}")
-                        if error.errno == errno.EMFILE and not self.clients:
-                            self.log.write_line("no descriptor is left for any client (ulimit -n)")
-                    # The connection stays in the backlog, so epoll would report the listener on every wait.
-                    self.loop.wake([self.listener.fileno()], time.monotonic() + RETRY_DELAY)
-                    yield 0
-
-    def seat(self, sock: socket.socket, address: str) -> None:
-        """Give a connection a seat and start its task.  Start serving if enough clients have a seat."""
-        self.accepted += 1
-        client = Client(self, sock, f"client {self.accepted}", address)
-        self.clients[client.descriptor] = client
-        self.log.write_line(f"{client.name} connected from {address}, {self.seats_taken()}")
-        self.loop.start(client.name, client.descriptor, self.serve(client), client)
-        if self.serving:
-            self.served += 1
-        elif len(self.clients) >= self.wait_for:
-            self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # disconnected clients leave
-            if len(self.clients) >= self.wait_for:
-                self.begin()
-
-    def begin(self) -> None:
-        """Start serving: wake the tasks of the waiting clients and start the beat."""
-        self.serving, self.served = True, len(self.clients)
-        self.log.write_line(f"serving {count(self.served, 'client')}")
-        self.loop.wake(self.clients)
-        if self.every:
-            self.loop.start("beat", NO_DESCRIPTOR, self.beat(), self)
-
-    def beat(self) -> Task:
-        """The beat's task: resume all clients at each beat."""
-        due = time.monotonic()
-        while True:
-            self.loop.wake([NO_DESCRIPTOR], due)
-            yield 0
-            now = time.monotonic()
-            if now >= due:  # else an output that is no longer full has woken every task
-                self.beats += 1
-                self.loop.wake(self.clients)
-                due = now + self.every - (now - due) % self.every  # on a fixed schedule; skips missed beats
-
-    def serve(self, client: Client) -> Task:
-        """A client's task: wait until serving starts, run the protocol, close the connection."""
-        try:
-            client.sock.setblocking(False)
-            interest = EPOLLIN
-            while not self.serving and not client.at_eof:
-                yield interest
-                with suppress(BlockingIOError):
-                    client.at_eof = not client.sock.recv(1, socket.MSG_PEEK)
-                    interest = 0  # further data waits in the kernel
-            if not client.at_eof:  # else it is a port probe: it connects, sends nothing and closes
-                yield self.protocol(client)  # a call: `yield from` costs more (README: Speed)
-        except MemoryError:
-            raise
-        except Exception as error:  # the connection is broken, or the protocol has a fault
-            client.reason = "was reset" if isinstance(error, ConnectionError) else f"was lost ({why(error)})"
-            with suppress(OSError, ValueError):  # data that arrived before the error can still be read
-                arrived = client.received + client.unread()
-                while client.received < arrived and not client.at_eof:
-                    while self.messages.full:
-                        yield 0
-                    client.receive()
-            client.break_off()
-        client.show(b"", final=True)
-        del self.clients[client.descriptor]
-        with suppress(OSError):  # close(2): the descriptor is free even after an error
-            client.sock.close()
-        received, sent = client.received, client.sent // self.unit_size
-        self.received += received
-        self.sent += sent
-        totals = self.totals(received, sent) + ("" if self.serving else ", not counted as a client")
-        self.log.write_line(f"{client.name} {client.reason}: {totals}, {self.seats_taken()}")
-        self.loop.wake([self.listener.fileno()])  # the next connection in the backlog can get the seat
-
-    def finish(self) -> None:
-        """Serve the data that has arrived.  At exit, the kernel sends each client an end of file."""
-        self.serving = True
-        self.loop.resume([(descriptor, 0) for descriptor in self.clients])  # a client that waited is served
-        deadline = time.monotonic() + FINISH_TIMEOUT
-        for client in list(self.clients.values()):  # a copy, because a client that ends is removed
-            try:
-                self.finish_client(client, deadline)
-            except (OSError, ValueError):  # the connection is broken, or its protocol has closed it
-                client.break_off()
-
-    def finish_client(self, client: Client, deadline: float) -> None:
-        """Serve all data that has arrived, and data that follows before the deadline; complete a cut ping."""
-
-        def progress() -> int:
-            """Return a number that grows while data is served.  Endless pings do not count as progress."""
-            return client.received + min(client.sent, client.received)
-
-        arrived, before = client.received + client.unread(), -1
-        while progress() > before and (client.received < arrived or time.monotonic() < deadline):
-            before = progress()
-            self.messages.drain()
-            self.loop.resume([(client.descriptor, EPOLLIN)])
-            if client.descriptor not in self.clients:
-                return
-        unserved = client.received < arrived  # for example, because the client does not read its echo
-        while client.received < arrived:  # print it, at least
-            self.messages.drain()
-            if not client.receive():
-                break
-        client.show(b"", final=True)
-        cut = client.sent % self.unit_size
-        if cut:
-            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)  # space for the rest
-            client.send(PING[cut:])
-        unsent = client.unsent or self.loop.interests.get(client.descriptor) == EPOLLOUT
-        if client.sent % self.unit_size or (self.unit == "byte" and (unserved or unsent)):
-            client.break_off()  # a ping or an answer is incomplete
-
-    def summary(self) -> str:
-        """Return the last line of the log."""
-        received = self.received + sum(client.received for client in self.clients.values())
-        sent = self.sent + sum(client.sent // self.unit_size for client in self.clients.values())
-        dropped = f", {count(self.log.dropped, 'log line')} dropped" if self.log.dropped else ""
-        return f"stopped: {count(self.served, 'client')} served, {self.totals(received, sent)}{dropped}"
-
-    def seats_taken(self) -> str:
-        """Return how many seats are taken, as text."""
-        return f"{len(self.clients):,} of {count(self.seats, 'seat')} taken"
-
-    def totals(self, received: int, sent: int) -> str:
-        """Return bytes received and units (bytes or pings) sent, as text."""
-        return f"{count(received, 'byte')} received, {count(sent, self.unit)} sent"
-
-
-def listen(options: Any) -> socket.socket:
-    """Return a listener on the host's first usable address, IPv4 first.  Raises OSError, UnicodeError."""
-    # A name in bytes needs no codec for international names, and so no import of three modules.
-    name = options.host.encode() if options.host.isascii() else options.host
-    errors = []
-    for family, _, _, _, address in sorted(socket.getaddrinfo(name, options.port, 0, socket.SOCK_STREAM)):
-        try:
-            return listen_on(family, address, options)
-        except OSError as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def listen_on(family: int, address: Any, options: Any) -> socket.socket:
-    """Return a non-blocking listener.  Raises OSError."""
-    sock = socket.socket(family)
-    for level, option, value in (  # socket(7), tcp(7); the connections inherit them
-        (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),  # a restart works while old connections exist
-        (socket.SOL_SOCKET, socket.SO_REUSEPORT, options.reuse_port),
-        (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),  # an urgent byte keeps its place in the stream
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # a short answer leaves immediately
-        (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 16384),  # bounds the kernel memory of unread pings
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # detects a peer that vanished without closing:
-        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # after 60 s of silence,
-        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),  # probes it every 10 s,
-        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),  # 6 times
-        (socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 10000),  # also detects one that does not acknowledge data
-        (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::"),  # :: also accepts IPv4
-    ):
-        try:
-            sock.setsockopt(level, option, value)
-        except OSError as error:
-            if error.errno != errno.ENOPROTOOPT:  # not an option of this kernel, or of IPv4
-                raise
-    sock.bind(address)
-    sock.listen(65535)  # the kernel reduces it to net.core.somaxconn
-    sock.setblocking(False)  # a connection may vanish after epoll has reported it
-    return sock
+INVISIBLE = {  # str.isprintable() accepts these, but a reader cannot see them: fillers and selectors
+    *(0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0),
+    *range(0xFE00, 0xFE0F),
+    *range(0xE0100, 0xE01F0),
+}
+SPACES = "\t\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
+ESCAPES = Escapes({ord(character): character for character in SPACES + JOINERS})
+ESCAPES[ord("\n")] = "\n  "
 
 
 # -------------------------------------------------------------------- standard output and standard error
 
 
 class Output:
-    """A queue for standard output or standard error, which may stall like any peer."""
+    """A queue for standard output or standard error, which may stall like any peer.
+
+    An error of standard output ends the server.  While standard error is full or cannot be written,
+    lines of the log are dropped and counted.
+    """
 
     def __init__(self, loop: Loop, name: str, stream: TextIO | None) -> None:
         """`stream` is None if the output was closed before the start, or is not wanted."""
@@ -645,87 +895,134 @@ class Output:
         self.dropped = 0  # log lines
         self.failure = ""  # why nothing more is written
         self.lost = 0  # bytes that were queued and not written
+        self.in_line = False  # the last line is not complete
         self.drain_time = DRAIN_TIMEOUT  # seconds that drain() can still wait
+        self.descriptor = self.given = -1  # the descriptor that is written, and the stream's
         if stream is not None:
-            self.encoding = stream.encoding
-            self.descriptor, self.write_limit = nonblocking(attempt(f"use {name}", stream.fileno))
+            self.given, self.descriptor, self.write_limit = attempt(f"use {name}", open_output, stream)
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            self.encode = codecs.getincrementalencoder(encoding)("backslashreplace").encode  # one BOM at most
+            self.newline = "\n\n".encode(encoding)[len("\n".encode(encoding)) :]
 
     def write(self, text: str) -> None:
         """Queue text.  The caller must check `full` first, because the queue has no limit."""
         if self.open and text:
             if not self.queue:
                 self.loop.wake([self.descriptor])  # run() writes it after this batch of events
-            self.queue += text.encode(self.encoding, "backslashreplace")
+                if self.in_line:
+                    self.queue += self.newline
+            self.queue += self.encode(text)
             self.full = self.full or len(self.queue) > OUTPUT_LIMIT
 
     def write_line(self, line: str) -> None:
         """Queue a line of the log, or drop and count it while the output is full."""
         if self.full:
             self.dropped += 1
+            self.loop.wake([self.descriptor] if self.failure else [])
         else:
             self.write(f"{line}\n")
 
-    def run(self) -> Task:
+    async def run(self) -> None:
         """The output's task: write the queue as fast as the reader reads it."""
-        reported = 0  # dropped lines
+        reported, problem = 0, ""  # dropped lines that the log has reported, and why others are dropped
         while True:
-            self.flush()
-            if self.failure and self.name == "standard output":
-                raise CannotContinue(f"{self.name} {self.failure}")
-            if self.full and not self.queue:
+            if not await self.written():
+                if self.name == "standard output":
+                    raise SystemExit(f"{self.name} {self.failure}")
+                problem = f" (it {self.failure})"
+                self.dropped += self.queue.count(self.newline)
+                self.queue.clear()
+                self.full, retry = True, time.monotonic() + RETRY_DELAY
+                while time.monotonic() < retry:
+                    await ready(0)  # until a line is dropped
+                self.failure = ""
+            elif self.dropped > reported:
+                dropped = self.dropped
+                lines = count(dropped - reported, "log line")
+                self.write(f"{lines} dropped: {self.name} was full{problem}\n")
+                if await self.written():
+                    reported, problem = dropped, ""
+                else:
+                    self.queue.clear()
+            elif self.full:
                 self.full = False
-                if self.dropped > reported:
-                    dropped = count(self.dropped - reported, "log line")
-                    self.write_line(f"{dropped} dropped: {self.name} was full")
-                    reported = self.dropped
-                self.loop.wake(self.loop.interests)  # the clients can be read again
-            try:
-                yield EPOLLOUT if self.queue else 0
-            except OSError:  # no memory or too many watches: try again later
-                self.loop.wake([self.descriptor], time.monotonic() + RETRY_DELAY)
-                yield 0
+                self.loop.wake(self.loop.interests)  # clients can be read again: the oldest waits come first
+            else:
+                await ready(0)
+
+    async def written(self) -> bool:
+        """Wait until the queue is written; return False after a failure."""
+        while self.queue and not self.failure:
+            self.flush()
+            if self.queue and not self.failure:
+                try:
+                    await ready(EPOLLOUT)
+                except OSError:  # no memory or too many watches: try again later
+                    self.loop.wake_at(time.monotonic() + RETRY_DELAY, self.descriptor)
+                    await ready(0)
+        return not self.failure
 
     def flush(self) -> None:
-        """Write as much as the kernel accepts now.  After a failure, drop the queue and count its bytes."""
+        """Write as much as the kernel accepts now.  An error is kept in `failure`."""
         try:
             for _ in range(WRITES):
-                if self.failure or not self.queue:
+                if not self.queue:
                     break
                 if self.write_limit and not is_ready(self.descriptor, EPOLLOUT, 0.0):
                     break
-                del self.queue[: write(self.descriptor, self.queue[: self.write_limit])]
+                size = write(self.descriptor, self.queue[: self.write_limit])
+                self.in_line = not self.queue.endswith(self.newline, 0, size)
+                del self.queue[:size]
         except BlockingIOError:
             pass
         except OSError as error:
             self.failure = f"can no longer be written: {why(error)}"
-        if self.failure:
-            self.lost += len(self.queue)
-            self.queue.clear()
 
     def drain(self) -> None:
         """Write everything.  Drop the rest if a write waits FLUSH_TIMEOUT, or all together DRAIN_TIMEOUT."""
         deadline = time.monotonic() + self.drain_time
-        self.flush()
-        while self.queue:
-            if time.monotonic() > deadline:
-                self.failure = "is too slow"
-            elif not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
-                self.failure = "has stalled"
+        while self.queue and not self.failure:
             self.flush()
+            if self.queue and not self.failure:
+                if time.monotonic() > deadline:
+                    self.failure = "is too slow"
+                elif not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
+                    self.failure = "has stalled"
         self.drain_time = deadline - time.monotonic()
-        self.full = False
+        self.lost += len(self.queue)
+        self.queue.clear()
+        if self.full:
+            self.full = False
+            self.loop.wake(self.loop.interests)
+
+    def close(self) -> None:
+        """Close the descriptor that is not the stream's own."""
+        if self.descriptor != self.given:
+            os.close(self.descriptor)
 
 
-def nonblocking(descriptor: int) -> tuple[int, int | None]:
-    """Return a descriptor of the same output, and its limit of bytes per write (None: no limit)."""
-    if os.path.isfile(descriptor):  # a file has no reader to wait for
-        return descriptor, None
-    # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again.
-    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+def open_output(stream: TextIO) -> tuple[int, int, int | None]:
+    """Return a stream's descriptor, one to write to, and the most bytes per write (None: no limit).
+
+    Raises OSError, ValueError.
+    """
     try:
-        return os.open(f"/proc/self/fd/{descriptor}", flags), None
-    except OSError:  # a socket, another user's terminal (after su), or no /proc
-        return descriptor, 1 if os.isatty(descriptor) else PIPE_BUF  # pipe(7)
+        stream.flush()  # before our own text
+        given = stream.fileno()
+    except (AttributeError, io.UnsupportedOperation):
+        raise ValueError("it has no descriptor") from None
+    status, terminal = os.fstat(given), os.isatty(given)
+    is_pipe = stat.S_ISFIFO(status.st_mode)
+    if not (terminal or is_pipe or stat.S_ISSOCK(status.st_mode)):
+        return given, given, None  # a file has no reader to wait for
+    # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again,
+    # if that opens the same thing.  Major number 5 are /dev/tty and /dev/ptmx, which open another terminal.
+    writable = fcntl.fcntl(given, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    if (is_pipe and writable) or (terminal and os.major(status.st_rdev) != 5):
+        with suppress(OSError):  # another user's terminal (after su), or no /proc
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            return given, os.open(f"/proc/self/fd/{given}", flags), None
+    return given, given, 1 if terminal else PIPE_BUF  # pipe(7)
 
 
 def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
@@ -735,92 +1032,138 @@ def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
     return bool(poller.poll(timeout * 1000))
 
 
-# -------------------------------------------------------------------- the stop signal
+@contextmanager
+def warnings_in(log: Output) -> Iterator[None]:
+    """Write Python's warnings to the log, such as the one about a forgotten `await`."""
+    import warnings
+
+    def show(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        log.write_line(escape(warnings.formatwarning(message, category, filename, lineno, line).rstrip()))
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
-def catch_signals() -> int:
-    """Return a descriptor that becomes readable when a stop signal arrives: signal.set_wakeup_fd()."""
+# -------------------------------------------------------------------- signals
+
+
+@contextmanager
+def stop_signals(loop: Loop) -> Iterator[int]:
+    """Let stop signals end the loop; afterwards, restore the handlers and the mask of before.
+
+    Yields a descriptor that becomes readable when a signal arrives: signal.set_wakeup_fd().
+    """
+    process, handlers = os.getpid(), {}
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() == process:
+            loop.running = False
+        else:  # a forked child has inherited this handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup(1), background jobs: it stays ignored
-            signal.signal(number, lambda *_: None)  # without a Python handler, Python writes no byte
-    return reader
+    try:
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup(1): it stays ignored
+                handlers[number] = signal.signal(number, stop)
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a parent may have blocked them
+        try:
+            yield reader
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
-def block_signals() -> None:
-    """Block further stop signals, because Python's own exit would let them change the exit status."""
-    with suppress(OSError):
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def stop_signal(loop: Loop) -> Task:
-    """The signal pipe's task: end the loop after the current batch of events."""
-    while not (yield EPOLLIN):  # the pipe is never drained: its first byte ends the loop; a wake (0) does not
-        pass
-    loop.running = False
+async def read_signals(reader: int) -> None:
+    """The signal pipe's task: empty it.  A signal writes a byte there, so that epoll stops waiting."""
+    while True:
+        try:
+            await ready(EPOLLIN)
+        except OSError as error:
+            raise SystemExit(f"cannot watch for signals: {why(error)}") from None
+        with suppress(BlockingIOError):
+            read(reader, READ_SIZE)
 
 
 # -------------------------------------------------------------------- the trace
 
 
 class TracedLoop(Loop):
-    """A loop that logs what it does (--trace): a cause first, then its effects, indented."""
+    """A loop that logs which tasks it resumes, with which events, and what they wait for (--trace)."""
 
     log: Output  # run() sets it before the first task starts
 
     def __init__(self) -> None:
         super().__init__()
         self.start_time = time.monotonic()
-        self.traced: dict[int, tuple[str, object]] = {}  # by descriptor: see start()
+        self.names: dict[int, str] = {}  # by descriptor; "" for outputs, because each line would cause more
 
     def trace(self, text: str) -> None:
         """Log a line: the seconds since the start, and the text."""
         self.log.write_line(f"{time.monotonic() - self.start_time:8.3f}  {text}")
 
-    def start(self, name: str, descriptor: int, task: Task, counted: object = None) -> None:
-        """Start a task; later, log it under this name (if any), with the changes of `counted`."""
-        self.traced[descriptor] = name, counted
-        super().start(name, descriptor, task, counted)
+    def start(self, name: str, descriptor: int, task: Task) -> None:
+        super().start(name, descriptor, task)
+        self.names[descriptor] = name
 
-    def wait(self) -> Iterable[tuple[int, int]]:
-        """Wait; log how many descriptors are ready and how long that took."""
+    def wait(self) -> list[tuple[int, int]]:
         before = time.monotonic()
-        ready = list(super().wait())
-        if ready:  # polls that report nothing are not logged
-            self.trace(f"epoll_wait: {len(ready)} ready after {time.monotonic() - before:.3f} s")
-        return ready
+        batch = super().wait()
+        if batch:  # polls that report nothing are not logged
+            self.trace(f"epoll_wait: {len(batch)} ready after {time.monotonic() - before:.3f} s")
+        return batch
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
-        """Resume tasks; log which one is resumed and why, then its effects."""
         for descriptor, events in batch:
-            if descriptor not in self.interests:  # an earlier event of the batch has ended the task
-                continue
-            name, counted = self.traced[descriptor]
-            if name and events is not None:
-                self.trace(f"{'' if name == 'beat' else '  '}{name}: {event_names(events) or 'resumed'}")
-            before = [getattr(counted, key, None) for key in EFFECTS]
-            interest, place = self.interests[descriptor], len(self.log.queue)
+            if descriptor in self.tasks and self.names[descriptor]:
+                self.trace(f"  {self.names[descriptor]}: {event_names(events or 0) or 'woken'}")
             super().resume([(descriptor, events)])
-            later = self.log.queue[place:]  # the lines that the task itself has logged
-            del self.log.queue[place:]
-            changes = zip(before, [getattr(counted, key, None) for key in EFFECTS], EFFECTS.values())
-            effects = [text(old, new) for old, new, text in changes if old != new]
-            if effects:
-                self.trace(f"    {', '.join(effects)}")
-            self.log.queue += later
-            waits_for = self.interests.get(descriptor, interest)
-            if name and waits_for != interest:
-                self.trace(f"    epoll_ctl: {name} waits for {event_names(waits_for) or 'nothing'}")
+
+    def watch(self, descriptor: int, interest: Any) -> None:
+        before = self.interests[descriptor]
+        super().watch(descriptor, interest)
+        if self.names[descriptor] and interest != before:
+            waits_for = event_names(interest) or "a wake"
+            self.trace(f"    epoll_ctl: {self.names[descriptor]} waits for {waits_for}")
 
 
-EFFECTS: dict[str, Callable[[Any, Any], str]] = {  # what to log when an attribute has changed
-    "beats": lambda old, new: f"beat {new:,}",
-    "received": lambda old, new: f"received {new - old:,}",
-    "sent": lambda old, new: f"sent {new - old:,}",
-    "at_eof": lambda old, new: "end of file",
-    "reason": lambda old, new: str(new),
-}
+class TracedClient(Client):
+    """A client that logs what it receives and sends."""
+
+    def receive(self) -> bytes:
+        before = self.at_eof
+        data = super().receive()
+        if data or self.at_eof != before:
+            self.trace(f"received {len(data):,}" if data else "end of file")
+        return data
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        sent = super().send(data)
+        self.trace(f"sent {sent:,}")
+        return sent
+
+    def send_file(self, file: int, offset: int, size: int) -> int:
+        sent = super().send_file(file, offset, size)
+        self.trace(f"sent {sent:,}")
+        return sent
+
+    def trace(self, text: str) -> None:
+        """Log a line below the one that shows which task is resumed."""
+        assert isinstance(self.loop, TracedLoop)
+        self.loop.trace(f"    {self.name}: {text}")
 
 
 def event_names(events: int) -> str:
@@ -831,7 +1174,8 @@ def event_names(events: int) -> str:
 
 # -------------------------------------------------------------------- the command line
 
-EPILOG = """\
+DESCRIPTION = "Serve TCP clients in one thread: send them pings, and print what they send."
+EXAMPLES = """\
 examples:
   two terminals (serving starts when the second client connects):
     python3 non_block_io_server.py
@@ -841,6 +1185,8 @@ examples:
   a heartbeat:
     python3 non_block_io_server.py --every 1 --wait-for 1
 
+"""
+EPILOG = """\
 With --host 0.0.0.0 (every IPv4 address) or :: (also IPv6), anyone who can reach this machine can connect.
 
 exit status:
@@ -851,124 +1197,189 @@ exit status:
 NO_EPOLL = """\
 this system has no epoll: run the server on Linux, in a container (docker run --rm -it -p 10001:10001 \
 -v "$PWD:/app" python /app/non_block_io_server.py --host 0.0.0.0), a virtual machine or WSL"""
+IN_USE = "address already in use (another program uses this port; stop it, or choose another with --port)"
 
 
-def arguments() -> argparse.Namespace:
-    """Return the options of the command line.  Wrong usage raises SystemExit, with status 2."""
-    parser = argparse.ArgumentParser(
-        description="Serve TCP clients in one thread: send them pings, and print what they send.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun in the right form: `1 ping`, `1,204,113 pings`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def why(error: BaseException) -> str:
+    """Return why a call failed, in the system's words if it has any: `No space left on device`."""
+    if getattr(error, "errno", 0) == errno.EADDRINUSE:
+        return IN_USE
+    if isinstance(error, UnicodeError):
+        return "this is no name of a host"
+    return escape(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+def name_of(address: Any) -> str:
+    """Return a socket's address as text: `127.0.0.1:10001`, `[::1]:10001`, `[fe80::1%eth0]:10001`."""
+    host, port = address[:2]
+    if len(address) == 4 and address[3]:  # the interface of a link-local address
+        with suppress(OSError):
+            host += f"%{socket.if_indextoname(address[3])}"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def arguments(protocol: Protocol | None) -> argparse.Namespace:
+    """Return the options of the command line, for a protocol of one's own or the built-in ones (None).
+
+    Wrong usage raises SystemExit, with status 2.
+    """
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES + EPILOG, formatter_class=style)
+    if protocol:
+        text = (getattr(protocol, "__doc__", None) or "Serve TCP clients in one thread.").strip()
+        parser.description, parser.epilog = re.sub("\n[ \t]+", "\n", text), EPILOG
     add = parser.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=10001, help="port; 0 is any free one (default: %(default)s)")
     add("--connections", type=int, default=2, metavar="N", help="number of seats (default: %(default)s)")
     add("--wait-for", type=int, metavar="M", help="start serving when M clients are connected (default: N)")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--echo", action="store_true", help="send each client its own bytes, not pings")
-    kind.add_argument("--every", type=float, metavar="SECONDS", help="send one ping every SECONDS")
+    parser.set_defaults(echo=False, every=None)
+    if not protocol:
+        kind = parser.add_mutually_exclusive_group()
+        kind.add_argument("--echo", action="store_true", help="send each client its own bytes, not pings")
+        kind.add_argument("--every", type=float, metavar="SECONDS", help="send one ping every SECONDS")
     add("--quiet", action="store_true", help="print no messages")
     add("--reuse-port", action="store_true", help="share the port with other copies (SO_REUSEPORT)")
     add("--trace", action="store_true", help="log each event and its effects, but no busy polls")
     options = parser.parse_args()
     if options.wait_for is None:
         options.wait_for = options.connections
-    seats = options.connections
-    for name, least, most in ("port", 0, 65535), ("connections", 1, 10**7), ("wait_for", 1, seats):
+    for name, least, most in (
+        ("port", 0, 65535),
+        ("connections", 1, 10**7),
+        ("wait_for", 1, options.connections),
+    ):
         if not least <= getattr(options, name) <= most:
-            parser.error(f"argument --{name.replace('_', '-')}: must be from {least} to {most}")
-    if options.every is not None and not 0 < options.every < float("inf"):
+            hint = ", the number of --connections" if name == "wait_for" else ""
+            parser.error(f"argument --{name.replace('_', '-')}: must be from {least} to {most}{hint}")
+    if options.every is not None and not 0 < options.every < NEVER:
         parser.error("argument --every: must be a positive, finite number of seconds")
-    if options.host == "*":
+    options.host = options.host.strip("[]")  # the first line shows an IPv6 address in brackets
+    if options.host in ("", "*"):
         parser.error("argument --host: for every address use 0.0.0.0 (IPv4) or :: (also IPv6)")
-    options.host = (options.host or "0.0.0.0").strip("[]")  # the first line shows an IPv6 address in brackets
     return options
 
 
-def main(protocol: Protocol = flood) -> None:
-    """Serve until a signal or a failure; then raise SystemExit (see EPILOG).
+def main(protocol: Protocol | None = None) -> None:
+    """Serve until a stop signal, with the options of the command line.
 
-    `protocol` serves each client unless --echo or --every is given.
+    `protocol` is an `async def` function that serves one client (default: flood, echo or heartbeat).
+    Afterwards, the process has the signal handlers and the open files that it had before.
+
+    Raises SystemExit: with 1 if the server cannot continue, after a line that gives the reason; with 2
+    after wrong usage.  A protocol's own SystemExit or KeyboardInterrupt also goes on to the caller.
     """
     try:
-        options = arguments()
+        options = arguments(protocol)
         if epoll is None:
             sys.exit(NO_EPOLL)
-        sys.exit(run(options, echo if options.echo else heartbeat if options.every else protocol))
-    except CannotContinue as failure:
-        block_signals()
-        sys.exit(str(failure))
-    except KeyboardInterrupt:  # before SIGINT is caught
-        print("stopped: 0 clients served, 0 bytes received, 0 bytes sent", file=sys.stderr)
-        sys.exit(0)
-    except MemoryError:
-        write(2, OUT_OF_MEMORY + b"\n")
-        os._exit(1)  # Python's own exit could need memory
+        kind = echo if options.echo else heartbeat if options.every else flood
+        with ExitStack() as stack:
+            run(options, protocol or kind, stack)
+    except (SystemExit, MemoryError) as end:
+        reason = OUT_OF_MEMORY if isinstance(end, MemoryError) else end.code
+        if not isinstance(reason, str):
+            raise
+        with suppress(OSError):  # Python would print it, but not in a thread, and not without memory
+            write(2, f"{reason}\n".encode(errors="backslashreplace"))
+        raise SystemExit(1) from None
 
 
-def run(options: argparse.Namespace, protocol: Protocol) -> int:
-    """Start the tasks, run the loop, and write the last lines.  Return the exit status."""
-    signals = attempt("catch signals", catch_signals)
+def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> None:
+    """Start the tasks, run the loop and stop.  `stack` undoes everything.
+
+    Raises SystemExit, KeyboardInterrupt, MemoryError: see main.
+    """
     loop = attempt("create an epoll instance", TracedLoop if options.trace else Loop)
+    stack.callback(loop.close)
+    signals = attempt("catch signals", stack.enter_context, stop_signals(loop))
     messages = Output(loop, "standard output", None if options.quiet else sys.stdout)
+    stack.callback(messages.close)
     log = Output(loop, "standard error", sys.stderr)
+    stack.callback(log.close)
     both = messages.open and log.open
     if both and attempt(f"use {messages.name}", os.path.sameopenfile, messages.descriptor, log.descriptor):
         log = messages  # two queues would write into the middle of each other's lines
+    stack.enter_context(warnings_in(log))
     server = Server(loop, options, protocol, messages, log)
+    stack.callback(server.close)
     address = name_of(attempt("read the listener's address", server.listener.getsockname))
     log.write_line(f"listening on {address}, waiting for {count(options.wait_for, 'client')}")
     if isinstance(loop, TracedLoop):
         loop.log = log
-    raise_file_limit(options.connections + SPARE_FILES, log)
+    raise_file_limit(options.connections, log, stack)
     if not messages.open and not options.quiet:
         log.write_line("standard output is not open: messages are not shown")
-    failure = ""
+    for output in {messages, log}:
+        if output.open:
+            loop.start("", output.descriptor, output.run())
+    loop.start("signals", signals, read_signals(signals))
+    loop.start("listener", server.listener.fileno(), server.accept())
+    end = None
     try:
-        for output in {messages, log}:
-            if output.open:
-                loop.start("", output.descriptor, output.run())  # traced, each line would cause another
-        attempt("watch for signals", loop.start, "signal", signals, stop_signal(loop))
-        loop.start("listener", server.listener.fileno(), server.accept())
         attempt("wait for events", loop.run)
-    except CannotContinue as error:
-        # Ctrl-C also ends the program that reads our pipe.  The pipe may break before the signal arrives.
-        if not (messages.failure and is_ready(signals, EPOLLIN, SIGNAL_TIMEOUT)):
-            failure = str(error)
-    except MemoryError:
-        failure = OUT_OF_MEMORY.decode()
-        server.clients.clear()  # nothing more is read
-    block_signals()
-    server.finish()
+    except FATAL as error:
+        end = error
+    if messages.failure:  # Ctrl-C may also end our reader; then the pipe breaks before we see the signal
+        is_ready(signals, EPOLLIN, SIGNAL_TIMEOUT)
+    stop(server, end if loop.running else None)
+
+
+def stop(server: Server, end: BaseException | None) -> None:
+    """Serve data that has arrived and write the last lines; raise what has ended the loop, if not a signal."""
+    messages, log = server.messages, server.log
+    for descriptor in server.listener.fileno(), messages.descriptor, log.descriptor:
+        server.loop.end(descriptor)  # accept no more clients; from now on, drain() writes
+    while not isinstance(end, MemoryError):
+        try:
+            server.finish()
+            break
+        except FATAL as error:  # from a protocol
+            end = end or error
+    reason = OUT_OF_MEMORY if isinstance(end, MemoryError) else getattr(end, "code", None)
+    failure = reason if isinstance(reason, str) else ""
+    if log is not messages:
+        log.failure = ""  # try again
     log.write(f"{failure or server.summary()}\n")
     messages.drain()
     if messages.lost and not failure:
         log.write(f"{messages.name} {messages.failure}: {count(messages.lost, 'byte')} not written\n")
     log.drain()
-    return 1 if failure else 0
+    if failure:
+        raise SystemExit(1)
+    if end:
+        raise end
 
 
 def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return function(*arguments).  An error becomes CannotContinue, with what failed and why."""
+    """Return function(*arguments).  An error becomes SystemExit, with what failed and why."""
     try:
         return function(*arguments)
     except (OSError, ValueError) as error:
-        raise CannotContinue(f"cannot {what}: {why(error)}") from None
+        raise SystemExit(f"cannot {what}: {why(error)}") from None
 
 
-def raise_file_limit(need: int, log: Output) -> None:
+def raise_file_limit(connections: int, log: Output, stack: ExitStack) -> None:
     """Raise the soft limit on open files, as far as the hard limit allows; log a warning if it is too low."""
+    need = connections + SPARE_FILES
     try:
+        need = max(need, connections + len(os.listdir("/proc/self/fd")))  # a parent may leave many files open
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft < need:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), hard))
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         if hard < need:
             log.write_line(f"the seats need {need:,} open files, but the hard limit is {hard:,} (ulimit -Hn)")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)
-        log.write_line(f"cannot raise the limit on open files to {need:,}: {reason}")
+        log.write_line(f"cannot raise the limit on open files to {need:,}: {why(error)}")
 
 
 if __name__ == "__main__":
+    if epoll is not None:  # main() unblocks them: so a further Ctrl-C at Python's exit changes no exit status
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     main()

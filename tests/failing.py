@@ -143,7 +143,7 @@ def replace_calls(server: Any, wanted: str, failed: str) -> None:
             check("epoll_create1")
             real = select.epoll()
             self.register, self.modify, self.unregister = real.register, real.modify, real.unregister
-            self.poll = real.poll
+            self.poll, self.close = real.poll, real.close
             for name in EPOLL_CALLS:
                 replace(self, name, True)
             replace(self, "poll", False)

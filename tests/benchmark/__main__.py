@@ -1,6 +1,7 @@
 """The server beside others, under the same load.
 
     python3 tests/benchmark [PART ...] [--peers] [--quick] [--json FILE]
+    python3 tests/benchmark --readme FILE
 
     start     time from the start of the process until it listens
     client    client.py: pings a second, and a file through the echo
@@ -8,10 +9,16 @@
     memory    memory for each connection, of the server and of the kernel
     echo      echoes a second, their cost and their latency, for 1 to 10,000 clients
 
-The server has one core, the load another.  Each figure is the median of several rounds.  In each round
-every program has its turn, and each ratio uses the figures of one round, so that a machine that slows
-down favors no program.  Every byte is checked: a wrong one, or a server that has ended, ends the benchmark
-with status 1.  When it is interrupted, it shows what it has measured, and exits with status 130.
+The server has one core, the load another.  Each figure is the median of several rounds, and the tables
+also show the lowest and the highest round.  In each round every program has its turn, each time in another
+order, and each ratio uses the figures of one round, so that a machine that slows down favors no program.
+Every byte is checked: a wrong one, or a server that has ended, ends the benchmark with status 1.  When it
+is interrupted, it shows what it has measured, and exits with status 130.
+
+FILE holds the figures of all rounds, in seconds and bytes.  These two commands renew the README's figures:
+
+    python3 tests/benchmark --peers --json tests/benchmark/figures.json
+    python3 tests/benchmark --readme tests/benchmark/figures.json
 """
 
 from __future__ import annotations
@@ -42,7 +49,6 @@ from benchmark.processes import (
     HERE,
     LECTURE,
     LOAD_CORE,
-    MESSAGE,
     PYTHON,
     ROOT,
     SERVER,
@@ -57,45 +63,56 @@ from benchmark.processes import (
     serving,
     use_core,
 )
-from benchmark.report import Column, Figures, Samples, column, paired, ratio, table
+from benchmark.readme import fill
+from benchmark.report import (
+    C_ECHO,
+    C_PINGS,
+    C_SENDFILE,
+    CLIENT,
+    CORE,
+    OURS,
+    PASS,
+    PRINTING,
+    RAW_CLIENT,
+    SOCAT,
+    THREADS,
+    THREE_LINES,
+    UNPOLLED,
+    USUAL,
+    Run,
+    tables,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import IO
 
 PEERS = os.path.join(HERE, "peers.py")
-CLIENT = [PYTHON, os.path.join(ROOT, "client.py"), "--port"]
-OURS, PRINTING, C_ECHO, C_PINGS = (
-    "this server",
-    "this server, messages to a file",
-    "C, epoll",
-    "C, 256 KiB a send",
-)
-RAW_CLIENT, SOCAT, PASS = "client.py --raw", "socat -b 262144", "python3 -c pass"
+CLIENT_COMMAND = [PYTHON, os.path.join(ROOT, CLIENT), "--port"]
 IPERF3 = {"iperf3": [], "iperf3 -Z": ["-Z"]}
-USUAL = 100  # clients, unless a table says otherwise
+SIZES = [1, 10, USUAL, 2000, 10000]  # clients
+ROUNDS = {"start": 25, "client": 9, "pings": 9, "memory": 5, "echo": 9}
 SPARE_FILES = 64  # descriptors of a process besides its connections
 
 
 class Bench:
-    """The programs to measure, their figures, and the figures that cannot be measured here."""
+    """The programs to measure, and their figures."""
 
     def __init__(self, quick: bool, peers: bool, folder: str) -> None:
         """Find the programs; build and install missing ones, if possible."""
-        self.quick, self.folder = quick, folder
-        self.rounds, self.seconds = (1, 0.04) if quick else (9, 0.5)  # many short ones, because noise varies
-        self.missing: list[str] = []
-        self.complete = False  # whether everything was measured
+        self.quick, self.folder, self.run = quick, folder, Run()
+        self.rounds = {part: 2 if part == "start" else 1 for part in ROUNDS} if quick else ROUNDS
+        self.seconds = 0.04 if quick else 0.5  # many short rounds, because noise varies
+        self.machine, self.missing = self.run.machine, self.run.missing
         model = re.search(r"model name\s*: (.*)", read("/proc/cpuinfo"))
-        self.machine = {
-            "kernel": f"Linux {platform.release()}",
-            "congestion control": read("/proc/sys/net/ipv4/tcp_congestion_control"),
-            "processor": model.group(1) if model else platform.machine(),
-            "cores": str(os.cpu_count()),
-            "Python": f"{platform.python_implementation()} {platform.python_version()}",
-            "iperf3": output("iperf3", "--version").partition("\n")[0],
-            "socat": "".join(re.findall(r"socat version (\S+)", output("socat", "-V"))),
-        }
+        socat = re.search(r"socat version \S+", output("socat", "-V"))
+        self.machine["system"] = "Linux " + ".".join(platform.release().split(".")[:2])
+        self.machine["processor"] = model.group(1) if model else platform.machine()
+        self.machine["cores"] = f"{os.cpu_count()} cores"
+        self.machine["congestion control"] = read("/proc/sys/net/ipv4/tcp_congestion_control")
+        self.machine["Python"] = f"{platform.python_implementation()} {platform.python_version()}"
+        self.machine["iperf3"] = version("iperf3")
+        self.machine["socat"] = socat.group().replace(" version", "") if socat else ""
         for tool in "iperf3", "socat":
             if not self.machine[tool]:
                 self.missing.append(f"{tool}: it is not installed")
@@ -106,25 +123,32 @@ class Bench:
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        wanted = [1, 10, USUAL] if quick else [1, 10, USUAL, 1000, 5000, 10000]
+        wanted = [size for size in SIZES if size <= USUAL] if quick else SIZES
         self.sizes = [size for size in wanted if hard < 0 or size <= max(hard - SPARE_FILES, USUAL)]
         if self.sizes != wanted:
             self.missing.append(f"{wanted[-1]:,} connections: the limit is {hard:,} open files (ulimit -Hn)")
 
-        self.begin, self.pings, self.file = Samples(OURS), Samples(OURS), Samples(RAW_CLIENT)
-        self.counted, self.unread, self.memory = Samples(), Samples(), Samples()
-        self.echoes = {size: Samples(OURS) for size in self.sizes}
-
-        echo = [*SERVER, "--echo", "--wait-for", "1", "--connections", str(wanted[-1])]
-        self.servers = {OURS: [*echo, "--quiet"], PRINTING: echo}
+        echo = ["--port", "0", "--wait-for", "1", "--connections", str(wanted[-1])]
+        self.servers = {OURS: [*SERVER, *echo, "--echo", "--quiet"], PRINTING: [*SERVER, *echo, "--echo"]}
+        self.servers[UNPOLLED] = [PYTHON, PEERS, "no-busy-polls", *echo, "--echo", "--quiet"]
+        self.servers[THREE_LINES] = [PYTHON, PEERS, "three-lines", *echo, "--quiet"]
+        self.timeouts = [PYTHON, PEERS, "timeouts", *echo, "--quiet"]
+        self.idle_clients = {f"{n:,} idle clients": n for n in (10, 50 if quick else 4000)}
         self.senders = {OURS: SERVER, LECTURE: faults.command(LECTURE)}
         self.load = [PYTHON, os.path.join(HERE, "load.py")]
         self.build_c()
-        self.servers["Python, bare recv and send"] = [PYTHON, PEERS, "plain"]
+        for name, kind in (("Python, bare recv and send", "plain"), (CORE, "core"), (THREADS, "threads")):
+            self.servers[name] = [PYTHON, PEERS, kind]
         for kind in ("protocol", "streams"):
             self.servers[f"asyncio, {kind}"] = [PYTHON, PEERS, f"asyncio-{kind}"]
         if peers:
             self.install_peers()
+        else:
+            self.missing.append("uvloop and trio: without --peers")
+        for name in CORE, THREE_LINES:
+            self.try_out(name)
+        # Variants are for one figure.  10,000 threads are more than some systems allow.
+        self.only = {PRINTING: [USUAL], UNPOLLED: [1], THREADS: [n for n in self.sizes if n <= 2000]}
 
     def build_c(self) -> None:
         """Compile the load and the servers in C."""
@@ -138,9 +162,10 @@ class Bench:
                     "the servers in C: no compiler; the load, in Python, is slower than some servers"
                 )
                 return
-        self.machine["compiler"] = output(compiler, "--version").partition("\n")[0]
+        self.machine["compiler"] = version(compiler)
         self.load = [built["load"]]
         self.servers[C_ECHO] = [built["peers"], "echo"]
+        self.senders[C_SENDFILE] = [built["peers"], "sendfile"]
         self.senders[C_PINGS] = [built["peers"], "pings"]
 
     def install_peers(self) -> None:
@@ -160,73 +185,81 @@ class Bench:
         else:
             self.missing.append("uvloop and trio: they cannot be installed")
 
+    def try_out(self, name: str) -> None:
+        """Leave out a server that does not work."""
+        try:
+            with serving(name, self.servers[name]) as server:
+                server.connect_and_echo().close()
+        except Failure as failure:
+            lines = str(failure).splitlines()
+            self.missing.append(f"{lines[0]} {lines[-1]}")
+            del self.servers[name]
+
     def expected(self) -> dict[str, float]:
         """Return about how many seconds each part takes."""
-        turn = 1.2 * self.seconds + 0.15  # includes the warm-up and the start of the processes
-        file = 0.5 if self.quick else 1.5
-        unread = 0.4 if self.quick else 3 * len(self.senders)
-        echo = sum(len(self.servers) * (turn + size / 8000) for size in self.sizes)
-        return {
-            "start": 0.15 * self.starts(),
-            "client": self.rounds * (self.seconds + 0.5 + 2 * file),
-            "pings": self.rounds * (turn * len(self.senders) + (0.8 if self.quick else 3.2)) + unread,
-            "memory": len(self.servers) * (0.2 + self.sizes[-1] / 5000),
-            "echo": self.rounds * echo,
+        turn = 1.2 * self.seconds + 0.02  # includes the warm-up and the start of the load
+        file = 0.1 if self.quick else 1.5
+        iperf3 = 2 * (0.3 if self.quick else 1.2) if self.machine["iperf3"] else 0
+        unread = 0.3 if self.quick else 3 * len(self.senders)
+        sizes = [size for name in self.servers for size in self.only.get(name, self.sizes)]
+        times = {
+            "start": 0.1,
+            "client": self.seconds + 0.2 + file * (2 if self.machine["socat"] else 1),
+            "pings": len(self.senders) * (turn + 0.1) + iperf3,
+            "memory": unread + len(self.servers) * (0.1 + self.sizes[-1] / 5000),
+            "echo": sum(turn + size / 8000 for size in sizes)
+            + sum(turn + 0.1 + size / 5000 for size in self.idle_clients.values()),
         }
+        return {part: self.rounds[part] * seconds for part, seconds in times.items()}
 
-    def starts(self) -> int:
-        """Return how often the start is measured."""
-        return 3 if self.quick else 25
-
-    def turns(self, programs: list[str]) -> Iterator[tuple[str, list[str]]]:
-        """Yield each round: its title, and the programs in a different order."""
-        for turn in range(self.rounds):
+    def turns(self, part: str, programs: list[str]) -> Iterator[tuple[int, str, list[str]]]:
+        """Yield each round: its number, its title, and the programs in a different order."""
+        rounds = self.rounds[part]
+        for turn in range(rounds if programs else 0):
             first = turn % len(programs)
-            yield f"round {turn + 1} of {self.rounds}", programs[first:] + programs[:first]
+            yield turn, f"{part}, round {turn + 1} of {rounds}", programs[first:] + programs[:first]
 
-    def run_load(self, server: Server, kind: str, *more: str) -> Figures:
+    def run_load(self, server: Server, kind: str, *more: str) -> dict[str, float]:
         """Return the load's figures."""
         words = [kind, str(server.process.pid), str(server.port), str(self.seconds), *more]
         done = subprocess.run([*self.load, *words], check=False, capture_output=True, text=True)
         if done.returncode:
             raise server.failure(f"with {' '.join([kind, *more])}, {done.stderr.strip()}")
-        figures: Figures = json.loads(done.stdout)
+        figures: dict[str, float] = json.loads(done.stdout)
         figures["busy"] = figures["cpu"] / figures["seconds"]
         return figures
 
     def measure_start(self) -> None:
         """Measure how long it takes to listen, beside a Python that does nothing."""
-        for _ in range(self.starts()):
-            start = time.perf_counter()
-            with serving(OURS, SERVER):
-                listening = time.perf_counter() - start
-            start = time.perf_counter()
-            with running([PYTHON, "-c", "pass"], SERVER_CORE) as process:
-                process.wait()
-                nothing = time.perf_counter() - start
-            self.begin.add_round({OURS: {"time": listening}, PASS: {"time": nothing}})
-        progress(f"start: {listening * 1e3:.0f} ms, {PASS}: {nothing * 1e3:.0f} ms")
+        for turn, title, names in self.turns("start", [OURS, PASS]):
+            for name in names:
+                start = time.perf_counter()
+                if name == OURS:
+                    with serving(OURS, SERVER):
+                        seconds = time.perf_counter() - start
+                else:
+                    with running([PYTHON, "-c", "pass"], SERVER_CORE) as process:
+                        process.wait()
+                        seconds = time.perf_counter() - start
+                self.run.add("start", name, turn, {"time": seconds})
+                progress(f"{title}, {name}: {seconds * 1e3:.1f} ms")
 
     def measure_client(self) -> None:
         """Measure how fast client.py reads pings and moves a file through the echo."""
         source = os.path.join(self.folder, "source")
         with open(source, "wb") as file:
             file.writelines(os.urandom(10**6) for _ in range(8 if self.quick else 1000))
-        programs = [RAW_CLIENT, SOCAT] if self.machine["socat"] else [RAW_CLIENT]
-        for title, names in self.turns(programs):
-            rate = self.client_pings()
-            self.counted.add_round({"client.py": {"rate": rate}})
-            progress(f"client, {title}, pings: {rate / 1e6:,.0f} MB/s")
-            self.file.add_round()
+        programs = [CLIENT, RAW_CLIENT, *([SOCAT] if self.machine["socat"] else [])]
+        for turn, title, names in self.turns("client", programs):
             for name in names:
-                rate = self.move_file(name, source)
-                self.file.add(name, {"rate": rate})
-                progress(f"client, {title}, a file, {name}: {rate / 1e6:,.0f} MB/s")
+                rate = self.client_pings() if name == CLIENT else self.move_file(name, source)
+                self.run.add("client", name, turn, {"rate": rate})
+                progress(f"{title}, {name}: {rate / 1e6:,.0f} MB/s")
 
     def client_pings(self) -> float:
         """Return bytes a second, from the count that the client prints."""
         with serving(OURS, SERVER) as server:
-            command, pipe = [*CLIENT, str(server.port)], subprocess.PIPE
+            command, pipe = [*CLIENT_COMMAND, str(server.port)], subprocess.PIPE
             with running(command, LOAD_CORE, stdin=pipe, stderr=pipe) as client:
                 server.wait_for(r"\n.+\n", client)  # it is connected
                 start = time.perf_counter()
@@ -242,7 +275,7 @@ class Bench:
     def move_file(self, name: str, source: str) -> float:
         """Return bytes a second in one direction, including the program's start and end."""
         with serving(OURS, self.servers[OURS]) as server, open(source, "rb") as given, memory_file() as got:
-            command = [*CLIENT, str(server.port), "--raw"]
+            command = [*CLIENT_COMMAND, str(server.port), "--raw"]
             if name == SOCAT:
                 command = [*SOCAT.split(), "-t", str(TIMEOUT), "-", f"TCP:127.0.0.1:{server.port}"]
             start = time.perf_counter()
@@ -256,8 +289,7 @@ class Bench:
     def measure_pings(self) -> None:
         """Measure how many pings arrive and how equal the shares of the two clients are."""
         programs = [*self.senders, *(IPERF3 if self.machine["iperf3"] else ())]
-        for title, names in self.turns(programs):
-            self.pings.add_round()
+        for turn, title, names in self.turns("pings", programs):
             for name in names:
                 if name in IPERF3:
                     got = self.run_iperf3(IPERF3[name])
@@ -265,13 +297,14 @@ class Bench:
                     with serving(name, self.senders[name]) as server:
                         got = self.run_load(server, "pings")
                 if got:
-                    less, more = sorted((got["bytes"], got["other"]))
-                    got["rate"], got["share"] = (less + more) / got["seconds"], less / more
-                    self.pings.add(name, got)
-                    progress(f"pings, {title}, {name}: {got['rate'] / 1e6:,.1f} MB/s")
-        self.missing += [f"{name}: it failed" for name in programs if name not in self.pings.names()]
+                    less, more = sorted((got.pop("bytes"), got.pop("other")))
+                    got["rate"], got["share"] = (less + more) / got.pop("seconds"), less / more
+                    self.run.add("pings", name, turn, got)
+                    progress(f"{title}, {name}: {got['rate'] / 1e6:,.1f} MB/s")
+        done = self.run.programs("pings")
+        self.missing += [f"{name}: it failed" for name in programs if name not in done]
 
-    def run_iperf3(self, options: list[str]) -> Figures:
+    def run_iperf3(self, options: list[str]) -> dict[str, float]:
         """Return what iperf3's client sends to its server in two streams, or nothing if it fails."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             where = ["-p", str(free.getsockname()[1])]
@@ -291,38 +324,46 @@ class Bench:
 
     def measure_memory(self) -> None:
         """Measure the memory of an idle connection (server) and of an unread one (kernel)."""
-        self.measure_unread()
+        idle = [name for name in self.servers if name not in (PRINTING, UNPOLLED)]
         if not read("/proc/self/smaps_rollup"):
             self.missing.append("the server's memory: this kernel has no /proc/PID/smaps_rollup")
-            return
-        self.memory.add_round()
-        for name in self.servers:
-            if name == PRINTING:
-                continue
-            with serving(name, self.servers[name]) as server, contextlib.ExitStack() as stack:
-                sizes = []
-                for number in range(1, self.sizes[-1] + 1):
-                    stack.enter_context(server.connect_and_echo())
-                    if number in (1, self.sizes[-1]):
-                        sizes.append(resident(server.process.pid))
-            size = (sizes[1] - sizes[0]) / (self.sizes[-1] - 1)
-            self.memory.add(name, {"bytes": size})
-            progress(f"memory, {name}: {size / 1e3:.2f} kB for each connection")
-
-    def measure_unread(self) -> None:
-        """Measure the kernel's memory for a client that never reads, once the server can send no more."""
+            idle = []
+        unread = [OURS] if self.quick else list(self.senders)
         if not shutil.which("ss"):
             self.missing.append("the kernel's memory for a client that never reads: ss is not installed")
-            return
-        self.unread.add_round()
-        for name in [OURS] if self.quick else list(self.senders):
-            with serving(name, self.senders[name]) as server, server.connect(), server.connect():
-                before, now = -1.0, 0.0
-                while now > before:
-                    time.sleep(0.1 if self.quick else 1)
-                    before, now = now, kernel_memory(server.port) / 2
-            self.unread.add(name, {"bytes": now})
-            progress(f"memory, a client that never reads, {name}: {now / 1e3:,.0f} kB in the kernel")
+            unread = []
+        for turn, title, names in self.turns("memory", unread):
+            for name in names:
+                size = self.unread(name)
+                self.run.add("unread", name, turn, {"bytes": size})
+                progress(f"{title}, a client that never reads, {name}: {size / 1e3:,.0f} kB in the kernel")
+        for turn, title, names in self.turns("memory", idle):
+            for name in names:
+                size = self.idle(name, turn)
+                progress(f"{title}, {name}: {size / 1e3:.2f} kB for each connection")
+
+    def idle(self, name: str, turn: int) -> float:
+        """Add the server's memory for each connection, and return it: what all but the first one need."""
+        sizes, first, size = self.only.get(name, self.sizes), 0, 0.0
+        with serving(name, self.servers[name]) as server, contextlib.ExitStack() as stack:
+            for number in range(1, sizes[-1] + 1):
+                stack.enter_context(server.connect_and_echo())
+                if number in sizes:
+                    now = resident(server.process.pid)
+                    first = first or now
+                    if number > 1:
+                        size = (now - first) / (number - 1)
+                        self.run.add(f"memory {number}", name, turn, {"bytes": size})
+        return size
+
+    def unread(self, name: str) -> float:
+        """Return the kernel's memory for a client that never reads, once the server can send no more."""
+        with serving(name, self.senders[name]) as server, server.connect(), server.connect():
+            before, now = -1.0, 0.0
+            while now > before:
+                time.sleep(0.1 if self.quick else 1)
+                before, now = now, kernel_memory(server.port) / 2
+        return now
 
     def measure_echo(self) -> None:
         """Measure the rate, the cost and the latency of echoes, by number of clients."""
@@ -332,93 +373,55 @@ class Bench:
             for name, command in self.servers.items():
                 stdout = messages if name == PRINTING else subprocess.DEVNULL
                 servers[name] = stack.enter_context(serving(name, command, stdout))
-            for title, names in self.turns(list(servers)):
+            for turn, title, names in self.turns("echo", list(servers)):
                 for size in self.sizes:
-                    self.echoes[size].add_round()
                     for name in names:
-                        if name == PRINTING and size != USUAL:
-                            continue
-                        got = self.run_load(servers[name], "echo", str(size))
-                        got["rate"], got["cost"] = got["echoes"] / got["seconds"], got["cpu"] / got["echoes"]
-                        self.echoes[size].add(name, got)
-                        progress(f"echo, {title}, clients: {size:,}, {name}: {got['rate']:,.0f} echoes/s")
+                        if size in self.only.get(name, self.sizes):
+                            rate = self.add_echoes(f"echo {size}", name, turn, servers[name], size)
+                            progress(f"{title}, clients: {size:,}, {name}: {rate:,.0f} echoes/s")
+        if THREE_LINES in self.servers:
+            self.measure_timeouts()
 
-    def figures(self) -> dict[str, object]:
-        """Return everything measured, for a program: in seconds and bytes."""
-        parts = {"start": self.begin, "client pings": self.counted, "client file": self.file}
-        parts.update({"pings": self.pings, "unread": self.unread, "memory": self.memory})
-        parts.update({f"echo {size}": samples for size, samples in self.echoes.items()})
-        about = {"machine": self.machine, "rounds": self.rounds, "missing": self.missing}
-        about["complete"] = self.complete
-        return {**about, **{part: samples.summary() for part, samples in parts.items() if samples.rounds}}
+    def measure_timeouts(self) -> None:
+        """Measure the cost of echoes beside idle clients with a timeout each."""
+        for turn, title, names in self.turns("echo", list(self.idle_clients)):
+            for name in names:
+                with serving(name, self.timeouts) as server, contextlib.ExitStack() as stack:
+                    for _ in range(self.idle_clients[name]):
+                        stack.enter_context(server.connect_and_echo())
+                    rate = self.add_echoes("timeouts", name, turn, server, 10)
+                progress(f"{title}, beside {name}: {rate:,.0f} echoes/s")
 
-    def tables(self) -> Iterator[str]:
-        """Yield the tables, at most 100 columns wide.  A table without figures is empty."""
-        usual, alone = self.echoes[USUAL], self.echoes[1]
-        echo = [
-            column(usual, "rate", "echoes/s"),
-            ratio(usual, "rate", "echoes ÷ theirs"),
-            column(usual, "cost", "CPU µs/echo", 1e6, ".2f"),
-            ratio(usual, "cost", "CPU ÷ theirs"),
-        ]
-        yield table(f"echo, {USUAL} clients, {len(MESSAGE)} bytes", usual.names(), echo)
-        latency = [
-            column(usual, "median", "median µs", 1e6),
-            column(usual, "p99", "99 % µs", 1e6),
-            column(alone, "median", "1 client: median µs", 1e6, ".1f"),
-            ratio(alone, "median", "median ÷ theirs"),
-        ]
-        yield table(f"latency of an echo, {USUAL} clients", list(self.servers), latency)
-
-        costs = [column(samples, "cost", f"{size:,}", 1e6, ".2f") for size, samples in self.echoes.items()]
-        most = self.sizes[-1]
-        if most > USUAL:
-            growth = Column(
-                f"{most:,} ÷ {USUAL}",
-                lambda name: paired(self.echoes[most], usual, name, name, "cost"),
-                ".2f",
-            )
-            costs.append(growth)
-        yield table("CPU µs/echo, by clients", alone.names(), costs)
-
-        pings = [
-            column(self.pings, "rate", "MB/s", 1e-6, ",.1f"),
-            ratio(self.pings, "rate", "MB/s ÷ theirs"),
-            column(self.pings, "share", "smaller share ÷ larger", 1, ".2f"),
-        ]
-        yield table("pings, 2 clients", self.pings.names(), pings)
-        memory = [
-            column(self.memory, "bytes", "kB of the server, idle", 1e-3, ".2f"),
-            column(self.unread, "bytes", "kB of the kernel, never reads", 1e-3),
-        ]
-        yield table("memory for a client", [*self.servers, *list(self.senders)[1:]], memory)
-        file = [column(self.file, "rate", "MB/s", 1e-6), ratio(self.file, "rate", "MB/s ÷ theirs")]
-        yield table("a file through the echo", self.file.names(), file)
-        yield table("reading and counting pings", ["client.py"], [column(self.counted, "rate", "MB/s", 1e-6)])
-        start = [column(self.begin, "time", "ms", 1e3), ratio(self.begin, "time", "ms ÷ theirs")]
-        yield table("start, until it listens", self.begin.names(), start)
+    def add_echoes(self, part: str, name: str, turn: int, server: Server, size: int) -> float:
+        """Add the figures of clients that send and wait for their echo; return the rate."""
+        got = self.run_load(server, "echo", str(size))
+        echoes, seconds = got.pop("echoes"), got.pop("seconds")
+        got["rate"], got["cost"] = echoes / seconds, got.pop("cpu") / echoes
+        self.run.add(part, name, turn, got)
+        return got["rate"]
 
     def report(self) -> Iterator[str]:
-        """Yield the report, as text."""
-        yield paragraph("; ".join(f"{key}: {value}" for key, value in self.machine.items() if value) + ".")
+        """Yield the report, as text at most 100 columns wide."""
+        yield paragraph(", ".join(filter(None, self.machine.values())) + ".")
         cores = f"Server on core {SERVER_CORE}, load on core {LOAD_CORE}"
         if SERVER_CORE == LOAD_CORE:
             cores = "Server and load on any core"
+        rounds = ", ".join(f"{part} {rounds}" for part, rounds in self.rounds.items())
         yield paragraph(
-            f"{cores}; rounds: {self.rounds}, of {self.seconds} s. All figures are medians."
-            " A column with '÷ theirs' divides this server's figure (in the table of a file, client.py's)"
-            " by that of the row, round by round. More than 1 is better for echoes/s and MB/s; less than 1"
-            " is better for times."
+            f"{cores}; rounds: {rounds}; a load takes {self.seconds} s. Figures are medians, with the"
+            " lowest and the highest round in parentheses. A column with '÷ theirs' divides this server's"
+            " figure (in the table of a file, client.py's) by that of the row, round by round. More than 1"
+            " is better for echoes/s and MB/s; less than 1 is better for times."
         )
-        if not self.complete:
+        if not self.run.complete:
             yield paragraph("The benchmark ended early: the figures are from fewer rounds.")
-        yield from filter(None, self.tables())
+        yield from filter(None, tables(self.run))
         idle = [
-            f"{part}, {name} ({busy:.0%})"
-            for part, samples in (("echo", self.echoes[USUAL]), ("pings", self.pings))
-            for name in samples.names()
-            for busy in [samples.median(name, "busy")]
-            if busy is not None and busy < 0.9
+            f"{part}, {name} ({busy.median:.0%})"
+            for part in (f"echo {USUAL}", "pings")
+            for name in self.run.programs(part)
+            for busy in [self.run.spread("busy", (part, name))]
+            if busy and busy.median < 0.9
         ]
         if idle:
             yield paragraph(
@@ -436,6 +439,11 @@ PARTS = {
     "memory": Bench.measure_memory,
     "echo": Bench.measure_echo,
 }
+
+
+def version(program: str) -> str:
+    """Return a program's name and version, without details in parentheses."""
+    return re.sub(r" \(.*?\)", "", output(program, "--version").partition("\n")[0])
 
 
 def memory_file() -> IO[bytes]:
@@ -485,6 +493,34 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def write_json(path: str, run: Run | None = None) -> bool:
+    """Write the run; without one, only try whether this is possible.  Return whether it is."""
+    try:
+        with open(path, "w" if run else "a", encoding="utf-8") as file:
+            if run:
+                run.save(file)
+    except OSError as error:
+        progress(f"benchmark: cannot write {path}: {error.strerror}")
+        return False
+    return True
+
+
+def write_readme(path: str) -> int:
+    """Write the figures of a run into the README; return the exit status."""
+    readme = os.path.join(ROOT, "README.md")
+    try:
+        with open(readme, "r+", encoding="utf-8") as file:
+            text = fill(file.read(), Run.load(path))
+            file.seek(0)
+            file.write(text)
+            file.truncate()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        progress(f"benchmark: cannot write the figures of {path}: {reason}")
+        return 1
+    return 0
+
+
 def main() -> int:
     """Measure and report; return the exit status."""
     parser = argparse.ArgumentParser(prog="benchmark", description="Measure the server beside others.")
@@ -494,14 +530,19 @@ def main() -> int:
     add(
         "--peers", action="store_true", help="also measure uvloop and trio, which pip installs the first time"
     )
-    add("--json", metavar="FILE", help="also write the figures to FILE, in seconds and bytes")
+    add("--json", metavar="FILE", help="also write the figures of all rounds to FILE")
+    add("--readme", metavar="FILE", help="measure nothing; write the figures of FILE into README.md")
     options = parser.parse_args()
+    if options.readme:
+        return write_readme(options.readme)
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         parser.error(f"no part is named {unknown[0]!r} (choose from {', '.join(PARTS)})")
     parts = [part for part in PARTS if part in options.parts or not options.parts]
 
     status = 0
+    if options.json and not write_json(options.json):
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.quick, options.peers, folder)
         expected = bench.expected()
@@ -513,18 +554,21 @@ def main() -> int:
         try:
             for part in parts:
                 PARTS[part](bench)
-            bench.complete = True
+            bench.run.complete = True
         except KeyboardInterrupt:
             status = 130
         except (Failure, subprocess.TimeoutExpired) as failure:
             progress(str(failure))
             status = 1
+    if options.json and not write_json(options.json, bench.run):
+        status = 1
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a locale may lack a character
     print(*bench.report(), sep="\n", end="")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(bench.figures(), file, indent=2)
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the first round
+        sys.exit(130)

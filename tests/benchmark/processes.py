@@ -97,13 +97,16 @@ class Server:
 
     def connect_and_echo(self) -> socket.socket:
         """Return a client's connection, after one echo."""
-        try:
-            sock = self.connect()
-            sock.sendall(MESSAGE)
-            if sock.recv(len(MESSAGE), socket.MSG_WAITALL) != MESSAGE:
+        with contextlib.ExitStack() as stack:
+            try:
+                sock = stack.enter_context(self.connect())
+                sock.sendall(MESSAGE)
+                reply = sock.recv(len(MESSAGE), socket.MSG_WAITALL)
+            except OSError as error:
+                raise self.failure(f"an echo failed: {error}") from error
+            if reply != MESSAGE:
                 raise self.failure("a reply has wrong bytes")
-        except OSError as error:
-            raise self.failure(f"with many clients, {error}") from error
+            stack.pop_all()  # the connection stays open
         return sock
 
 
