@@ -484,12 +484,13 @@ async def echo(client: Client) -> None:
 
 async def flood(client: Client) -> None:
     """Send pings as fast as the client reads them."""
+    pings = client.server.pings = client.server.pings or Pings()
     while not client.at_eof:
         events = await ready(client.interest | EPOLLOUT)
         if events & EPOLLIN:
             client.receive()
         if events & EPOLLOUT and not client.at_eof:
-            client.server.pings.send(client)
+            pings.send(client)
     cut = client.sent % len(PING)
     if cut:
         await client.write(PING[cut:])
@@ -551,7 +552,7 @@ class Server:
         self.unit, self.unit_size = ("ping", len(PING)) if protocol in (flood, heartbeat) else ("byte", 1)
         self.new_client = TracedClient if options.trace else Client
         self.listener = attempt(f"listen on {name_of((options.host, options.port))}", listen, options)
-        self.pings = Pings()
+        self.pings: Pings | None = None  # from the first flood on
         self.clients: dict[int, Client] = {}  # by descriptor
         self.serving, self.serving_since = False, 0.0
         self.accepted = self.served = 0
@@ -739,7 +740,8 @@ class Server:
         for client in self.clients.values():
             client.close(complete=False)
         self.listener.close()
-        self.pings.close()
+        if self.pings:
+            self.pings.close()
 
 
 # accept(2): the backlog is empty, or the connection that accept would have returned is broken.
@@ -1092,10 +1094,11 @@ async def read_signals(reader: int) -> None:
     while True:
         try:
             await ready(EPOLLIN)
+            read(reader, READ_SIZE)
+        except BlockingIOError:  # woken by another task
+            pass
         except OSError as error:
             raise SystemExit(f"cannot watch for signals: {why(error)}") from None
-        with suppress(BlockingIOError):
-            read(reader, READ_SIZE)
 
 
 # -------------------------------------------------------------------- the trace
@@ -1223,7 +1226,7 @@ def name_of(address: Any) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def arguments(protocol: Protocol | None) -> argparse.Namespace:
+def arguments(protocol: Protocol | None = None) -> argparse.Namespace:
     """Return the options of the command line, for a protocol of one's own or the built-in ones (None).
 
     Wrong usage raises SystemExit, with status 2.
@@ -1331,7 +1334,7 @@ def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> No
 
 
 def stop(server: Server, end: BaseException | None) -> None:
-    """Serve data that has arrived and write the last lines; raise what has ended the loop, if not a signal."""
+    """Serve data that has arrived and write the last lines; raise what has ended the loop, if any."""
     messages, log = server.messages, server.log
     for descriptor in server.listener.fileno(), messages.descriptor, log.descriptor:
         server.loop.end(descriptor)  # accept no more clients; from now on, drain() writes
