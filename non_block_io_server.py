@@ -51,7 +51,7 @@ import struct
 import sys
 import time
 import types
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from os import read, write
 
 try:
@@ -66,7 +66,7 @@ except (ImportError, AttributeError):  # not Linux: the module can be imported; 
 
 TYPE_CHECKING = False  # as in typing, whose import would make the start slower
 if TYPE_CHECKING:
-    from typing import Any, Callable, Coroutine, Generator, Iterable, Iterator, TextIO
+    from typing import Any, Callable, Coroutine, Generator, Iterable, TextIO
 
     Task = Coroutine[Any, Any, None]  # yields its interest, is sent events
     Protocol = Callable[["Client"], Task]
@@ -156,9 +156,8 @@ class Loop:
     def wait(self) -> list[tuple[int, int]]:
         """Wait until a descriptor is ready or a timer is due; return (descriptor, events) pairs."""
         for _ in range(BUSY_POLLS):
-            timeout = self.timeout()
             batch = self.epoll.poll(0)
-            if batch or not timeout:
+            if batch or not self.timeout():
                 return batch
             before = time.monotonic()
             with suppress(OSError):  # a sandbox may forbid this call
@@ -389,7 +388,8 @@ class Client:
         Returns b"" if nothing has arrived, if standard output is full, or at the end of file, which
         sets at_eof.  Raises OSError.
         """
-        if self.messages.full:
+        messages = self.messages
+        if messages.full:
             return b""
         try:
             data = read(self.descriptor, READ_SIZE)
@@ -397,7 +397,7 @@ class Client:
             return b""
         self.received += len(data)
         self.at_eof = not data
-        if self.messages.open:
+        if messages.open:
             self.show(data)
         return data
 
@@ -575,14 +575,12 @@ class Server:
                         if len(self.clients) >= self.wait_for:
                             self.begin()
             except OSError as error:
-                if error.errno not in NETWORK_ERRORS:
+                if error.errno not in [getattr(errno, name) for name in NETWORK_ERRORS.split()]:
                     if why(error) != reported:
                         reported = why(error)
                         self.log.write_line(f"not accepting for now: {reported}")
                         if error.errno == errno.EMFILE and not self.clients:
-                            self.log.write_line(
-                                "no client can connect: raise the limit on open files (ulimit -n)"
-                            )
+                            self.log.write_line("no client can connect: raise the limit (ulimit -n)")
                     # The connection stays in the backlog, so epoll would report the listener on every wait.
                     self.loop.wake_at(time.monotonic() + RETRY_DELAY, self.listener.fileno())
                     await ready(0)
@@ -745,13 +743,9 @@ class Server:
 
 
 # accept(2): the backlog is empty, or the connection that accept would have returned is broken.
-NETWORK_ERRORS = [
-    getattr(errno, name, None)
-    for name in (
-        *("EAGAIN", "ECONNABORTED", "EPROTO", "ENETDOWN", "ENOPROTOOPT"),
-        *("EHOSTDOWN", "ENONET", "EHOSTUNREACH", "EOPNOTSUPP", "ENETUNREACH"),
-    )
-]
+NETWORK_ERRORS = (
+    "EAGAIN ECONNABORTED EPROTO ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH EOPNOTSUPP ENETUNREACH"
+)
 RESET_ERRORS = errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN
 
 
@@ -1034,35 +1028,28 @@ def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
     return bool(poller.poll(timeout * 1000))
 
 
-@contextmanager
-def warnings_in(log: Output) -> Iterator[None]:
-    """Write Python's warnings to the log, such as the one about a forgotten `await`."""
+def log_warnings(log: Output, stack: ExitStack) -> None:
+    """Write Python's warnings to the log, such as the one about a forgotten `await`, until `stack` ends."""
     import warnings
 
-    def show(
-        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
-    ) -> None:
-        log.write_line(escape(warnings.formatwarning(message, category, filename, lineno, line).rstrip()))
+    def show(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
+        log.write_line(escape(warnings.formatwarning(message, category, filename, lineno).rstrip()))
 
-    before, warnings.showwarning = warnings.showwarning, show
-    try:
-        yield
-    finally:
-        warnings.showwarning = before
+    stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
+    warnings.showwarning = show
 
 
 # -------------------------------------------------------------------- signals
 
 
-@contextmanager
-def stop_signals(loop: Loop) -> Iterator[int]:
-    """Let stop signals end the loop; afterwards, restore the handlers and the mask of before.
+def catch_signals(loop: Loop, stack: ExitStack) -> int:
+    """Let the stop signals end the loop, until `stack` ends: then the handlers and the mask are as before.
 
-    Yields a descriptor that becomes readable when a signal arrives: signal.set_wakeup_fd().
+    Returns a descriptor that becomes readable when a signal arrives: signal.set_wakeup_fd().
     """
-    process, handlers = os.getpid(), {}
+    process = os.getpid()
 
-    def stop(number: int, frame: Any) -> None:
+    def end_loop(number: int, frame: Any) -> None:
         if os.getpid() == process:
             loop.running = False
         else:  # a forked child has inherited this handler
@@ -1070,23 +1057,16 @@ def stop_signals(loop: Loop) -> Iterator[int]:
             os.kill(os.getpid(), number)
 
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup(1): it stays ignored
-                handlers[number] = signal.signal(number, stop)
-        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a parent may have blocked them
-        try:
-            yield reader
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(wakeup)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    finally:
-        os.close(reader)
-        os.close(writer)
+    stack.callback(os.close, reader)
+    stack.callback(os.close, writer)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    stack.callback(signal.set_wakeup_fd, before)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup(1): it stays ignored
+            stack.callback(signal.signal, number, signal.signal(number, end_loop))
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a parent may have blocked them
+    stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
+    return reader
 
 
 async def read_signals(reader: int) -> None:
@@ -1300,7 +1280,7 @@ def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> No
     """
     loop = attempt("create an epoll instance", TracedLoop if options.trace else Loop)
     stack.callback(loop.close)
-    signals = attempt("catch signals", stack.enter_context, stop_signals(loop))
+    signals = attempt("catch signals", catch_signals, loop, stack)
     messages = Output(loop, "standard output", None if options.quiet else sys.stdout)
     stack.callback(messages.close)
     log = Output(loop, "standard error", sys.stderr)
@@ -1308,7 +1288,7 @@ def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> No
     both = messages.open and log.open
     if both and attempt(f"use {messages.name}", os.path.sameopenfile, messages.descriptor, log.descriptor):
         log = messages  # two queues would write into the middle of each other's lines
-    stack.enter_context(warnings_in(log))
+    log_warnings(log, stack)
     server = Server(loop, options, protocol, messages, log)
     stack.callback(server.close)
     address = name_of(attempt("read the listener's address", server.listener.getsockname))

@@ -244,7 +244,7 @@ def test_a_limit_that_is_too_low_for_any_client_is_reported(start: Start) -> Non
     server.connect()
     server.err.wait_for(
         r"^not accepting for now: Too many open files\n"
-        r"no client can connect: raise the limit on open files \(ulimit -n\)$"
+        r"no client can connect: raise the limit \(ulimit -n\)$"
     )
     server.settled()
 
