@@ -304,7 +304,7 @@ class Client:
         Meanwhile, send what is queued.  Raises OSError if the connection is broken, TimeoutError after
         `timeout` seconds without data, EOFError when it is called again after the end of file.
         """
-        deadline = self.set_timer(timeout)
+        deadline = NEVER if timeout is None and self.is_current() else await self.set_timer(timeout)
         if self.at_eof:
             await fail(EOFError("read() after the end of file"))
         while True:
@@ -323,7 +323,7 @@ class Client:
 
         Raises OSError if the connection is broken, TimeoutError after `timeout` seconds.
         """
-        deadline = self.set_timer(timeout)
+        deadline = NEVER if timeout is None and self.is_current() else await self.set_timer(timeout)
         self.calls += 1
         if self.calls % CALLS == 0:  # a client that reads fast must not stop the others
             self.loop.wake([self.descriptor])
@@ -354,7 +354,7 @@ class Client:
 
     async def sleep(self, seconds: float) -> None:
         """Wait and read nothing; other clients are served."""
-        deadline = self.set_timer(seconds)
+        deadline = await self.set_timer(seconds)
         while True:
             await ready(0)
             if self.error:
@@ -362,19 +362,27 @@ class Client:
             if time.monotonic() >= deadline:
                 return
 
-    def set_timer(self, timeout: float | None) -> float:
+    def is_current(self) -> bool:
+        """Return whether the task that runs now is this client's own."""
+        task = self.loop.tasks.get(self.descriptor)
+        return task is not None and task.cr_running  # type: ignore[attr-defined]
+
+    async def set_timer(self, timeout: float | None) -> float:
         """Return the time at which a wait ends, and let the loop wake the task then.
 
-        Raises RuntimeError in another task than the client's own: it would wait for the wrong descriptor.
+        Raises RuntimeError in another task, which would wait for the wrong descriptor; TypeError, ValueError.
         """
-        task = self.loop.tasks.get(self.descriptor)
-        if not (task and task.cr_running):  # type: ignore[attr-defined]
-            raise RuntimeError(f"only its own task can wait for {self.name}: use queue() to send it data")
-        if timeout is None:
-            return NEVER
-        deadline = time.monotonic() + timeout
-        self.loop.wake_at(deadline, self.descriptor)
-        return deadline
+        try:
+            if not self.is_current():
+                raise RuntimeError(f"only its own task can wait for {self.name}: use queue() to send it data")
+            if timeout is None:
+                return NEVER
+            deadline = time.monotonic() + timeout
+            self.loop.wake_at(deadline, self.descriptor)
+            return deadline
+        except Exception as error:  # a protocol that ignores it must not stop the others
+            await fail(error)
+            raise
 
     @property
     def interest(self) -> int:
