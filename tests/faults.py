@@ -1,9 +1,13 @@
 """The faults of the lecture's script, shown on it and then on this server.
 
-    python3 tests/faults.py          lists the faults
-    python3 tests/faults.py NAME     shows one, or `all`
+    python3 tests/faults.py                                      lists the faults
+    python3 tests/faults.py NAME                                 shows one, or `all`
+    python3 tests/faults.py all --server "python3 mine.py"       checks your own server
+    python3 tests/faults.py all --server "./mine --port {port}"  ... on a free port
 
 Each fault is a function.  It does what the clients do, with plain sockets, and returns its observation.
+Your server sends pings to two clients or more, prints their messages, and ends on a signal.  With
+--server, the exit status is 0 if it has none of the faults, 1 if it has one, 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -11,34 +15,34 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
+import resource
 import select
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Callable, Tuple
+from typing import Callable, Iterable, Tuple
 
 HERE = Path(__file__).resolve().parent
 DEADLINE = 15.0  # seconds to wait for something that should happen immediately
 QUIET = 1.0  # seconds without data after which a client counts as not served
-KEPT = 32 << 20  # bytes: more than the kernel still holds for a client after its server ended
+NEW = 4096  # bytes that a client must receive after a fault
 PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client receives
+BUSY = 0.2  # of a core: a server that only waits uses less
 
-# The lecture's script: {port} replaces its port, and one more line reports the port.  Ctrl-C ends it even
-# in a background job, and the kernel ends it after 10 s of processor time.
-SETUP = "signal(SIGINT, default_int_handler); setrlimit(RLIMIT_CPU, (10, 10))"
+# The lecture's script with another port.  One more line reports the port, for the benchmark.
 REPORT = 'import sys; print("listening on 127.0.0.1:%d" % sock.getsockname()[1], file=sys.stderr)'
 SCRIPT = (HERE / "lecture.py").read_text(encoding="utf-8").replace("10001", "{port}")
 SCRIPT = SCRIPT.replace("sock.listen()\n", f"sock.listen()\n{REPORT}\n")
-SCRIPT = f"from resource import *; from signal import *; {SETUP}; exec({SCRIPT!a})"
-SERVERS = {
-    "the lecture's script": ["-u", "-c", SCRIPT],  # -u: its prints are not buffered
-    "this server": [str(HERE.parent / "non_block_io_server.py"), "--port", "{port}"],
+SERVERS = {  # {port} is replaced by the port; 0 is a free one
+    "the lecture's script": [sys.executable, "-c", f"exec({SCRIPT!a})"],
+    "this server": [sys.executable, str(HERE.parent / "non_block_io_server.py"), "--port", "{port}"],
 }
 
 
@@ -50,35 +54,51 @@ def need_epoll(tool: str) -> None:
 
 def command(name: str, port: int = 0) -> list[str]:
     """Return the command that starts one of SERVERS on the port."""
-    return [sys.executable, "-X", "utf8", *(word.replace("{port}", str(port)) for word in SERVERS[name])]
+    return [word.replace("{port}", str(port)) for word in SERVERS[name]]
 
 
 class Server:
     """A server process.  The stack ends it and its clients."""
 
-    def __init__(self, stack: ExitStack, name: str, port: int = 0, piped: bool = False) -> None:
+    def __init__(self, stack: ExitStack, command: list[str], port: int = 0, piped: bool = False) -> None:
         self.stack = stack
         self.out, self.err = os.memfd_create("out"), os.memfd_create("err")  # its output, in memory
         stack.callback(os.close, self.out)
         stack.callback(os.close, self.err)
         stdout = subprocess.PIPE if piped else self.out
+        command = [word.replace("{port}", str(port)) for word in command]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
         self.process = stack.enter_context(
-            subprocess.Popen(command(name, port), stdout=stdout, stderr=self.err)
+            subprocess.Popen(command, stdout=stdout, stderr=self.err, env=environment)
         )
         stack.callback(self.process.kill)
-        self.until(lambda: "listening on" in text(self.err))
-        self.port = int((re.findall(r"listening on \S+:(\d+)", text(self.err)) or [0])[0])  # 0: it has ended
+        with suppress(ProcessLookupError):
+            resource.prlimit(self.process.pid, resource.RLIMIT_CPU, (10, 10))  # seconds: it may spin
+        self.until(lambda: listening_port(self.process.pid) > 0)
+        self.port = listening_port(self.process.pid)
 
-    def clients(self, number: int = 2) -> list[socket.socket]:
-        address = "127.0.0.1", self.port
-        return [self.stack.enter_context(socket.create_connection(address, DEADLINE)) for _ in range(number)]
+    def clients(self, number: int = 2, small: bool = False) -> list[socket.socket]:
+        """Return connections; a small one holds few unread bytes."""
+        assert self.port, f"it does not listen: {self.last_words()}"
+        clients = [self.stack.enter_context(socket.socket()) for _ in range(number)]
+        for client in clients:
+            client.settimeout(DEADLINE)
+            if small:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", self.port))
+        return clients
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition is true or the server has ended."""
         end = time.monotonic() + DEADLINE
-        while not condition() and self.process.poll() is None:
-            assert time.monotonic() < end, f"it printed {text(self.out)[-500:]!r}, {text(self.err)[-500:]!r}"
+        while self.process.poll() is None and not condition():
+            printed = f"{text(self.out)[-200:]!r}, {text(self.err)[-200:]!r}"
+            assert time.monotonic() < end, f"no reaction in {DEADLINE:.0f} s; it printed {printed}"
             time.sleep(0.005)
+
+    def last_words(self) -> str:
+        """Return its last line on standard error."""
+        return (text(self.err).strip().splitlines() or [f"status {self.process.poll()}"])[-1]
 
     def watched(self, seconds: float) -> tuple[float, int, str]:
         """Return how much of a core it uses, how often it goes to sleep, and its state after that."""
@@ -90,30 +110,69 @@ class Server:
             time.sleep(pause)
         return (ticks[1] - ticks[0]) / os.sysconf("SC_CLK_TCK") / seconds, waits[1] - waits[0], state
 
+    def rests(self) -> bool:
+        """Return whether it sleeps, and nothing wakes it."""
+        return self.watched(0.1) == (0, 0, "S")
+
     def outcome(self, other: socket.socket) -> tuple[bool, str]:
         """Return whether the server fails its other client, and a description."""
-        got = receives(other)
+        end = time.monotonic() + QUIET
+        self.until(lambda: self.rests() or time.monotonic() > end)  # it has noticed what happened
+        got = self.receives(other)
         if got == END:
             self.process.wait(DEADLINE)
-            return True, f"crashes: {text(self.err).splitlines()[-1]}"
+            return True, f"crashes: {self.last_words()}"
         return got != PINGS, f"{'continues' if got == PINGS else 'stalls'}: the other client gets {got}"
+
+    def receives(self, client: socket.socket) -> str:
+        """Return what a client receives, in addition to data in the kernel: PINGS, NOTHING or END."""
+        port = client.getsockname()[1]
+        unsent = queues(self.port, port)[0]  # first, because bytes move from here to the client's end
+        size = unsent + queues(port, self.port)[1] + NEW
+        client.settimeout(QUIET)
+        try:
+            while size > 0:
+                data = client.recv(size)
+                if not data:
+                    return END
+                size -= len(data)
+            return PINGS
+        except socket.timeout:
+            return NOTHING
+        except ConnectionError:
+            return END
+
+
+def tcp_sockets() -> list[list[str]]:
+    """Return the fields of all TCP sockets: proc(5)."""
+    texts = [path.read_text() for path in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if path.exists()]
+    return [line.split() for text in texts for line in text.splitlines()[1:]]
+
+
+def listening_port(pid: int) -> int:
+    """Return the port on which a process listens, or 0."""
+    try:
+        files = [os.readlink(file.path) for file in os.scandir(f"/proc/{pid}/fd")]
+    except OSError:  # it has ended, or a file was closed meanwhile
+        return 0
+    for fields in tcp_sockets():
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in files:
+            return int(fields[1].rpartition(":")[2], 16)
+    return 0
+
+
+def queues(port: int, peer: int) -> tuple[int, int]:
+    """Return how many bytes one end of a connection has sent and not received an ACK for, and not read."""
+    for fields in tcp_sockets():
+        if (fields[1][-4:], fields[2][-4:]) == (f"{port:04X}", f"{peer:04X}"):
+            sent, received = fields[4].split(":")
+            return int(sent, 16), int(received, 16)
+    return 0, 0
 
 
 def text(file: int) -> str:
     """Return the content of the file; the server's position in it stays."""
     return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
-
-
-def receives(client: socket.socket) -> str:
-    """Return what a client receives, in addition to data in the kernel: PINGS, NOTHING or END."""
-    client.settimeout(QUIET)
-    try:
-        with client.makefile("rb") as stream:
-            return PINGS if len(stream.read(KEPT)) == KEPT else END
-    except socket.timeout:
-        return NOTHING
-    except ConnectionError:
-        return END
 
 
 Start = Callable[..., Server]  # start(port=0, piped=False) starts the server to observe
@@ -133,10 +192,12 @@ def reset(start: Start) -> Seen:
 def leave(start: Start) -> Seen:
     """a client half-closes its connection"""
     server = start()
-    server.clients()[0].shutdown(socket.SHUT_WR)  # its end of file: recv returns b"" from now on
+    first, _ = server.clients(small=True)
+    server.until(server.rests)  # the connections are full
+    first.shutdown(socket.SHUT_WR)  # its end of file: recv returns b"" from now on
     load, _, _ = server.watched(0.5)
     times = text(server.out).count("data received...")
-    return times > 0, f"prints 'data received...' {times:,} times, uses {load:.0%} of a core"
+    return times > 0 or load > BUSY, f"prints 'data received...' {times:,} times, uses {load:.0%} of a core"
 
 
 def split(start: Start) -> Seen:
@@ -173,7 +234,7 @@ def starve(start: Start) -> Seen:
         if readable:
             size = len(first.recv(1 << 20))
             got += size if sent > 4 << 20 else 0  # earlier pings have been read by then
-    return got < 1 << 16, f"gives it {got:,} bytes of pings for its 4 MiB"
+    return got < NEW, f"gives it {got:,} bytes of pings for its 4 MiB"
 
 
 def restart(start: Start) -> Seen:
@@ -184,7 +245,7 @@ def restart(start: Start) -> Seen:
     server.process.terminate()
     server.process.wait(DEADLINE)
     again = start(port=server.port)
-    return not again.port, "listens again" if again.port else f"crashes: {text(again.err).splitlines()[-1]}"
+    return not again.port, "listens again" if again.port else f"crashes: {again.last_words()}"
 
 
 def print_(start: Start) -> Seen:
@@ -199,9 +260,12 @@ def escape(start: Start) -> Seen:
     """a message holds an ESC sequence"""
     server = start()
     server.clients()[0].sendall(b"\x1b[31mred")
-    server.until(lambda: "red\n" in text(server.out))
-    raw, shown = "\x1b" in text(server.out), text(server.out).splitlines()[1]
-    return raw, "prints the raw ESC byte: the terminal obeys" if raw else f"prints {shown}"
+    server.until(lambda: "red" in text(server.out))
+    lines = [line for line in text(server.out).splitlines() if "red" in line]
+    if not lines:
+        return True, f"crashes: {server.last_words()}"
+    raw = "\x1b" in lines[0]
+    return raw, "prints the raw ESC byte: the terminal obeys" if raw else f"prints {lines[0]}"
 
 
 def stop(start: Start) -> Seen:
@@ -218,18 +282,21 @@ def stop(start: Start) -> Seen:
 def idle(start: Start) -> Seen:
     """no client sends or reads"""
     server = start()
-    for client in server.clients():
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    server.until(lambda: server.watched(0.1) == (0, 0, "S"))  # the connections are full
-    _, times, _ = server.watched(1.2)
+    server.clients(small=True)
+    server.until(server.rests)  # the connections are full
+    times = 1
+    for _ in range(3):  # the kernel may wake it once, when it has joined small segments
+        if times:
+            _, times, _ = server.watched(1.2)
     return times > 0, f"wakes {times} times in 1.2 s"
 
 
 def third(start: Start) -> Seen:
     """a third client connects, then the first one disconnects"""
-    first, _, third_client = start().clients(3)
+    server = start()
+    first, _, third_client = server.clients(3)
     first.shutdown(socket.SHUT_WR)
-    got = receives(third_client)
+    got = server.receives(third_client)
     return got != PINGS, f"the third client gets {got}"
 
 
@@ -237,33 +304,60 @@ ALL = reset, leave, split, bytes_, starve, restart, print_, escape, stop, idle, 
 FAULTS = {fault.__name__.rstrip("_"): fault for fault in ALL}
 
 
-def observe(name: str) -> list[Seen]:
-    """Return what each of SERVERS does in this situation."""
+def observe(name: str, commands: Iterable[list[str]] = SERVERS.values()) -> list[Seen]:
+    """Return what each server does in this situation."""
 
-    def run(server: str) -> Seen:
+    def run(command: list[str]) -> Seen:
         with ExitStack() as stack:
-            return FAULTS[name](lambda **options: Server(stack, server, **options))
+            try:
+                return FAULTS[name](lambda **options: Server(stack, command, **options))
+            except subprocess.TimeoutExpired:
+                return True, f"does not end in {DEADLINE:.0f} s"
+            except (AssertionError, OSError) as error:
+                return True, f"does not serve: {error}"
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(run, SERVERS))
+        return list(pool.map(run, commands))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Show the faults of the lecture's script.")
-    parser.add_argument(
-        "name", nargs="?", choices=(*FAULTS, "all"), help="a fault (default: list all faults)"
-    )
-    wanted = parser.parse_args().name
-    if wanted:
-        need_epoll("faults")
-    for name, fault in FAULTS.items():
-        if not wanted:
+    add = parser.add_argument
+    add("name", nargs="?", choices=(*FAULTS, "all"), help="a fault (default: list all faults)")
+    add("--server", metavar="COMMAND", help="check this server instead; {port} in it is a free port")
+    options = parser.parse_args()
+    servers = SERVERS
+    if options.server is not None:
+        try:
+            command = shlex.split(options.server)
+        except ValueError as error:
+            parser.error(f"argument --server: {error}")
+        if not command or not shutil.which(command[0]):
+            parser.error(f"argument --server: no such program: {command[0] if command else ''!r}")
+        servers = {"your server": command}
+    if not options.name:
+        for name, fault in FAULTS.items():
             print(f"{name:<8}  {fault.__doc__}")
-        elif wanted in (name, "all"):
-            print(fault.__doc__, flush=True)
-            for server, seen in zip(SERVERS, observe(name)):
-                print(f"  {server:<21}  {seen[1]}", flush=True)
+        return 0
+    need_epoll("faults")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job; the servers inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = []
+    names = list(FAULTS) if options.name == "all" else [options.name]
+    for name in names:
+        print(FAULTS[name].__doc__, flush=True)
+        for server, (fails, words) in zip(servers, observe(name, servers.values())):
+            mark = f"{'FAULT' if fails else 'right'}  " if options.server is not None else ""
+            print(f"  {server:<21}  {mark}{words}", flush=True)
+            found += [name] * fails
+    if options.server is None:
+        return 0
+    print(f"faults: {len(found)} of {len(names)}{': ' if found else ''}{', '.join(found)}")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

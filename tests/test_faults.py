@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import faults
 import pytest
-from conftest import run
+from conftest import TEST_LIMIT, at_once, run
 
 FAULTS = faults.__file__
 HOW = {  # the failure of the lecture's script; another failure does not count
@@ -56,3 +59,74 @@ def test_lists_the_faults_and_shows_the_named_one() -> None:
     unknown = run(FAULTS, "nonsense")
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert unknown.stderr.startswith("usage: faults.py ")
+
+
+# A server without any of the faults, as a student may write it.  It sends 4 bytes at a time.
+STUDENT = r"""
+import codecs, os, select, signal, socket, sys
+
+for number in signal.SIGINT, signal.SIGTERM:
+    signal.signal(number, lambda *_: sys.exit(0))
+os.set_blocking(1, False)
+listener = socket.create_server(("", int(sys.argv[1])))
+poll, clients = select.epoll(), {}
+poll.register(listener, select.EPOLLIN)
+while True:
+    for descriptor, events in poll.poll():
+        if descriptor == listener.fileno():
+            sock, _ = listener.accept()
+            sock.setblocking(False)
+            clients[sock.fileno()] = sock, codecs.getincrementaldecoder("utf-8")("replace")
+            poll.register(sock, select.EPOLLIN | select.EPOLLOUT)
+            continue
+        sock, decoder = clients[descriptor]
+        try:
+            if events & select.EPOLLIN:
+                data = sock.recv(1024)
+                if not data:
+                    raise EOFError
+                os.write(1, decoder.decode(data).replace("\x1b", "\\x1b").encode())
+            if events & select.EPOLLOUT:
+                sock.send(b"ping")
+        except BlockingIOError:
+            pass
+        except (OSError, EOFError):
+            poll.unregister(descriptor)
+            clients.pop(descriptor)[0].close()
+"""
+
+
+def test_judges_any_server(tmp_path: Path) -> None:
+    """It finds no fault in a slow one, and the faults in one that has some."""
+    (tmp_path / "student.py").write_text(STUDENT)
+    (tmp_path / "worse.py").write_text(
+        STUDENT.replace("(OSError, EOFError)", "EOFError").replace(r'.replace("\x1b", "\\x1b")', "")
+    )
+
+    def judge(case: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+        name, program = case
+        server = f"{sys.executable} {tmp_path}/{program}.py {{port}}"
+        return run(FAULTS, name, "--server", server, timeout=TEST_LIMIT)
+
+    right, crashing, raw = at_once(judge, [("all", "student"), ("reset", "worse"), ("escape", "worse")])
+    assert (right.returncode, right.stdout.splitlines()[-1]) == (0, "faults: 0 of 11"), right.stdout
+    assert (crashing.returncode, raw.returncode) == (1, 1)
+    assert re.search("^  your server +FAULT  crashes: ConnectionResetError", crashing.stdout, re.M)
+    assert re.search("^  your server +FAULT  prints the raw ESC byte", raw.stdout, re.M)
+
+
+@pytest.mark.parametrize(
+    ("server", "status", "words"),
+    [
+        ("nowhere/nosuch", 2, "argument --server: no such program: 'nowhere/nosuch'"),
+        ("'", 2, "argument --server: No closing quotation"),
+        ("", 2, "argument --server: no such program: ''"),
+        ("true", 1, "FAULT  does not serve: it does not listen: status 0"),
+        ("sh -c 'echo no >&2; exit 3'", 1, "FAULT  does not serve: it does not listen: no"),
+    ],
+)
+def test_reports_a_server_that_cannot_be_checked(server: str, status: int, words: str) -> None:
+    result = run(FAULTS, "third", "--server", server)
+    assert result.returncode == status
+    assert words in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
