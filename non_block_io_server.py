@@ -148,9 +148,10 @@ class Loop:
             try:
                 interest = tasks[descriptor].send(events)
             except BaseException as end:
-                self.end(descriptor, end)
+                if descriptor in tasks:  # else the event is stale: an earlier one has ended the task
+                    self.end(descriptor, end)
             else:
-                if interest != interests[descriptor]:
+                if interest is not interests[descriptor]:
                     self.change_interest(descriptor, interest)
 
     def wait(self) -> list[tuple[int, int]]:
@@ -204,7 +205,7 @@ class Loop:
         if isinstance(interest, Exception):
             raise interest
         if not (isinstance(interest, int) and 0 <= interest < 1 << 32):
-            raise TypeError(f"a task can only await ready(interest), not a {type(interest).__name__}")
+            raise TypeError(f"a task can only await ready(interest): {interest!r:.80} is no mask of events")
         before = self.interests[descriptor]
         if interest == before:
             return
@@ -219,18 +220,20 @@ class Loop:
 
     def end(self, descriptor: int, error: BaseException | None = None) -> None:
         """Forget a task that has ended, or end it, and report that to `on_end`."""
-        task = self.tasks.pop(descriptor, None)
-        if task is None:  # the event is stale: an earlier one of the batch has ended the task
+        task = self.tasks.pop(descriptor, None) or self.starting.pop(descriptor, None)
+        if not task:
             return
         self.timers.pop(descriptor, None)
-        if self.interests.pop(descriptor):
+        if self.interests.pop(descriptor, 0):
             with suppress(OSError):  # before close(2), because another process may hold a copy: epoll(7)
                 self.epoll.unregister(descriptor)
         if isinstance(error, FATAL):
             raise error
         try:
             task.close()
-        except Exception as mistake:
+        except FATAL:
+            raise
+        except BaseException as mistake:
             error = error or mistake
         self.on_end(descriptor, None if isinstance(error, StopIteration) else error)
 
@@ -253,15 +256,16 @@ class Loop:
 
     def wake_at(self, when: float, descriptor: int) -> None:
         """Resume a task without events at `when` (time.monotonic()).  Raises TypeError, ValueError."""
-        if not when > -NEVER:
-            raise ValueError(f"{when} is not a time")
+        when += 0.0  # raises an error for what is no float
+        if math.isnan(when):
+            raise ValueError("NaN is not a time")
         self.timers[operator.index(descriptor)] = when
         self.next_timer = min(self.next_timer, when)
 
     def close(self) -> None:
         """End all tasks, so that Python does not end them later."""
         for task in [*self.tasks.values(), *self.starting.values()]:
-            with suppress(Exception):
+            with suppress(BaseException):
                 task.close()
         self.epoll.close()
 
@@ -365,7 +369,7 @@ class Client:
     def is_current(self) -> bool:
         """Return whether the task that runs now is this client's own."""
         task = self.loop.tasks.get(self.descriptor)
-        return task is not None and task.cr_running  # type: ignore[attr-defined]
+        return task is not None and task.cr_running and self.sock.fileno() >= 0  # type: ignore[attr-defined]
 
     async def set_timer(self, timeout: float | None) -> float:
         """Return the time at which a wait ends, and let the loop wake the task then.
@@ -373,6 +377,11 @@ class Client:
         Raises RuntimeError in another task, which would wait for the wrong descriptor; TypeError, ValueError.
         """
         try:
+            if self.sock.fileno() < 0:
+                raise OSError("its protocol has closed the socket")
+            if self.descriptor not in self.loop.tasks and not self.error:
+                self.error = OSError("the server has closed the connection")
+                raise GeneratorExit  # the server ends the task: its `finally` cannot wait
             if not self.is_current():
                 raise RuntimeError(f"only its own task can wait for {self.name}: use queue() to send it data")
             if timeout is None:
@@ -429,7 +438,7 @@ class Client:
 
     def keep(self, data: bytes) -> None:
         """Put data behind `unsent`, then send what the kernel accepts now."""
-        if not self.error:
+        if not (self.error or self.closed_by_protocol):
             self.unsent = self.unsent or bytearray()
             self.unsent += data
             self.flush()
@@ -463,15 +472,6 @@ class Client:
         with suppress(OSError, ValueError):  # the protocol has closed the socket
             return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
         return 0
-
-    def close(self, complete: bool) -> None:
-        """Close the socket, with a reset if the stream is incomplete, so that the client knows that."""
-        self.descriptor = -1  # the number can belong to another client soon
-        with suppress(OSError):  # close(2): the descriptor is free even after an error
-            if not complete:
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        with suppress(OSError):
-            self.sock.close()
 
 
 # -------------------------------------------------------------------- protocols
@@ -653,10 +653,7 @@ class Server:
         """Log the mistake that has ended a task; disconnect the client if it was a client's task."""
         client = self.clients.get(descriptor)
         if error and not (client and isinstance(error, OSError)):
-            import traceback  # here, because its import would make the start slower
-
-            lines = traceback.format_exception(type(error), error, error.__traceback__)
-            self.log.write_line(escape("".join(lines).rstrip()))
+            self.log.write_line(describe(error))
         if client:
             reason = self.reason(client, error)
             client.show(b"", final=True)
@@ -678,12 +675,20 @@ class Server:
         return "was reset"
 
     def forget(self, client: Client, complete: bool) -> None:
-        """End a client's task, close the connection and free the seat; `complete` as in Client.close."""
+        """End a client's task, close its connection and free the seat.
+
+        If the stream is incomplete, send a reset, so that the client knows that data is missing.
+        """
         del self.clients[client.descriptor]
-        self.loop.end(client.descriptor)  # before the socket is closed
-        client.close(complete)
         self.received += client.received
         self.sent += client.sent // self.unit_size
+        self.loop.end(client.descriptor)  # before the socket is closed
+        client.descriptor = -1  # the number can belong to another client soon
+        with suppress(OSError):
+            if not complete:
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with suppress(OSError):  # close(2): the descriptor is free even after an error
+            client.sock.close()
 
     def finish(self) -> None:
         """Serve the data that has arrived, then end all tasks of clients.
@@ -743,8 +748,8 @@ class Server:
 
     def close(self) -> None:
         """Close all sockets and the file of pings."""
-        for client in self.clients.values():
-            client.close(complete=False)
+        for client in list(self.clients.values()):
+            self.forget(client, complete=False)
         self.listener.close()
         if self.pings:
             self.pings.close()
@@ -848,8 +853,8 @@ def escape(text: str) -> str:
     private-use and unassigned characters except joiners, and characters that no terminal shows.
     Lines after the first are indented.
     """
-    if text.isascii() and text.isprintable():
-        return text
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text.replace("\n", "\n  ")
     text = text.translate(ESCAPES)
     # An emoji selector changes the character before it.  Without one, it is not visible.
     return re.sub("(?<![^\\s\u200c\u200d\ufe0f])\ufe0f", r"\\ufe0f", text) if "\ufe0f" in text else text
@@ -863,22 +868,27 @@ class Escapes(dict):  # type: ignore[type-arg]
     def __missing__(self, code: int) -> str:
         """Return how to show a character."""
         shown = chr(code)
-        if not shown.isprintable() or code in INVISIBLE:
+        if code == ord("\n"):
+            shown = "\n  "
+        elif not (shown.isprintable() or shown in SHOWN) or code in INVISIBLE:
             shown = f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
-        if len(self) < self.SIZE:
-            self[code] = shown
+        if len(self) >= self.SIZE:
+            self.clear()
+        self[code] = shown
         return shown
 
 
+ESCAPES = Escapes()
+# str.isprintable() rejects these: a tab, spaces, and the joiners of Persian words and emoji families.
+SHOWN = (
+    "\t\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+    "\u200c\u200d"
+)
 INVISIBLE = {  # str.isprintable() accepts these, but a reader cannot see them: fillers and selectors
     *(0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0),
     *range(0xFE00, 0xFE0F),
     *range(0xE0100, 0xE01F0),
 }
-SPACES = "\t\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
-JOINERS = "\u200c\u200d"  # they form Persian words and emoji families
-ESCAPES = Escapes({ord(character): character for character in SPACES + JOINERS})
-ESCAPES[ord("\n")] = "\n  "
 
 
 # -------------------------------------------------------------------- standard output and standard error
@@ -905,7 +915,11 @@ class Output:
         if stream is not None:
             self.given, self.descriptor, self.write_limit = attempt(f"use {name}", open_output, stream)
             encoding = getattr(stream, "encoding", None) or "utf-8"
-            self.encode = codecs.getincrementalencoder(encoding)("backslashreplace").encode  # one BOM at most
+            encoder = codecs.getincrementalencoder(encoding)("backslashreplace")
+            with suppress(OSError):
+                if os.fstat(self.given).st_size:  # the file has its byte order mark
+                    encoder.setstate(0)
+            self.encode = encoder.encode
             self.newline = "\n\n".encode(encoding)[len("\n".encode(encoding)) :]
 
     def write(self, text: str) -> None:
@@ -1017,12 +1031,12 @@ def open_output(stream: TextIO) -> tuple[int, int, int | None]:
         raise ValueError("it has no descriptor") from None
     status, terminal = os.fstat(given), os.isatty(given)
     is_pipe = stat.S_ISFIFO(status.st_mode)
-    if not (terminal or is_pipe or stat.S_ISSOCK(status.st_mode)):
+    writable = fcntl.fcntl(given, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    if not writable or not (terminal or is_pipe or stat.S_ISSOCK(status.st_mode)):
         return given, given, None  # a file has no reader to wait for
     # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again,
     # if that opens the same thing.  Major number 5 are /dev/tty and /dev/ptmx, which open another terminal.
-    writable = fcntl.fcntl(given, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-    if (is_pipe and writable) or (terminal and os.major(status.st_rdev) != 5):
+    if is_pipe or (terminal and os.major(status.st_rdev) != 5):
         with suppress(OSError):  # another user's terminal (after su), or no /proc
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             return given, os.open(f"/proc/self/fd/{given}", flags), None
@@ -1037,14 +1051,18 @@ def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
 
 
 def log_warnings(log: Output, stack: ExitStack) -> None:
-    """Write Python's warnings to the log, such as the one about a forgotten `await`, until `stack` ends."""
+    """Write what Python would print itself to the log, such as the warning about a forgotten `await`."""
     import warnings
 
     def show(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
         log.write_line(escape(warnings.formatwarning(message, category, filename, lineno).rstrip()))
 
+    def show_ignored(ignored: Any) -> None:
+        log.write_line(f"Exception ignored: {describe(ignored.exc_value)}")
+
     stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
-    warnings.showwarning = show
+    stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+    warnings.showwarning, sys.unraisablehook = show, show_ignored
 
 
 # -------------------------------------------------------------------- signals
@@ -1162,7 +1180,7 @@ class TracedClient(Client):
 def event_names(events: int) -> str:
     """Return an event mask in epoll's words: `EPOLLIN EPOLLOUT`."""
     names = {EPOLLIN: "EPOLLIN", EPOLLOUT: "EPOLLOUT", EPOLLERR: "EPOLLERR", EPOLLHUP: "EPOLLHUP"}
-    return " ".join(name for bit, name in names.items() if events & bit)
+    return " ".join(name for bit, name in names.items() if events & bit) or (hex(events) if events else "")
 
 
 # -------------------------------------------------------------------- the command line
@@ -1204,7 +1222,21 @@ def why(error: BaseException) -> str:
         return IN_USE
     if isinstance(error, UnicodeError):
         return "this is no name of a host"
-    return escape(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    try:
+        return escape(str(getattr(error, "strerror", None) or error)) or type(error).__name__
+    except Exception:  # an error of a protocol can have any text
+        return type(error).__name__
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception with its traceback, as text that is safe on a terminal."""
+    try:
+        import traceback  # here, because its import would make the start slower
+
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+    except Exception:  # for example, no descriptor is free for the import
+        lines = [type(error).__name__]
+    return escape("".join(lines).rstrip())
 
 
 def name_of(address: Any) -> str:

@@ -2,6 +2,24 @@
 
 pytest gets all arguments.  If this Python has no pytest, pip installs it in the repository's .venv, in the
 folder where a virtual environment of this Python version keeps its packages.
+
+To add a test, choose the file by the promise: test_server (no options, addresses), test_options (seats,
+--echo, --every, --trace), test_messages, test_outputs (stdout and stderr), test_stop, test_resources (failed
+calls), test_protocols, test_client, test_readme.  conftest.py holds the helpers.  An example:
+
+    def test_an_echo(start: Start) -> None:
+        server = start("--echo", "--wait-for", "1")  # a process on a free port, ended after the test
+        client = server.seat()  # connect() returns earlier: before the server has logged the client
+        client.sendall(b"hello")
+        assert read_exactly(client, 5) == b"hello"
+
+Wait for an event, never for a time: server.err.wait_for(pattern) waits for a line of the log, messages() for
+standard output, eventually() for any condition, and settled() until the server sleeps and stays asleep.
+
+`failing` lets one system call of the server fail, or changes a constant of it.  The tools are programs of
+their own: faults.py shows the faults of the lecture's script and checks any server for them, inject.py
+lets each system call fail once (with strace), soak.py serves random clients for as long as you want, and
+many.py holds thousands of connections.
 """
 
 import importlib.util

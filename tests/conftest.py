@@ -36,6 +36,12 @@ REPEAT = 10.0  # seconds until a test that still hangs, for example in a `finall
 STREAM_LIMIT = 64 << 20  # bytes of one stream; no test needs as many
 MODES = [[], ["--echo"], ["--every", "0.02"]]  # options: the three protocols
 
+# The programs run with the same settings in every environment: without warnings, and with UTF-8.
+for name in [name for name in os.environ if name.startswith("PYTHON")]:
+    if name not in ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"):
+        del os.environ[name]
+os.environ["PYTHONUTF8"] = "1"
+
 for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
     if signal.getsignal(number) == signal.SIG_IGN:  # by nohup(1), or in a background job: programs inherit it
         signal.signal(number, lambda *_: None)  # as before for this process, but not inherited
@@ -270,7 +276,7 @@ class Server:
             stream.close()
 
 
-def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*command: str | bytes, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a Python program that ends on its own: `run(SERVER, "--help")`."""
     options = {"stdin": subprocess.DEVNULL, "timeout": DEADLINE, **options}
     return subprocess.run(

@@ -1,11 +1,13 @@
 """The faults of the lecture's script, shown on it and then on this server.
 
-    python3 tests/faults.py                                       lists the faults
-    python3 tests/faults.py NAME                                  shows one, or `all`
-    python3 tests/faults.py NAME --server "python3 mine.py"       judges a server that sends pings
+    python3 tests/faults.py                                      lists the faults
+    python3 tests/faults.py NAME                                 shows one, or `all`
+    python3 tests/faults.py all --server "python3 mine.py"       checks your own server
+    python3 tests/faults.py all --server "./mine --port {port}"  ... on a free port
 
 Each fault is a function.  It does what the clients do, with plain sockets, and returns its observation.
-A server of your own listens on port 10001, or on the port that replaces {port} in its command.
+Your server sends pings to two clients or more, prints their messages, and ends on a signal.  With
+--server, the exit status is 0 if it has none of the faults, 1 if it has one, 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,23 +27,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Callable, Iterator, Tuple
+from typing import Callable, Iterable, Tuple
 
 HERE = Path(__file__).resolve().parent
 DEADLINE = 15.0  # seconds to wait for something that should happen immediately
 QUIET = 1.0  # seconds without data after which a client counts as not served
-KEPT = 1 << 19  # bytes: more than the kernel holds for a small client after its server ended
-CPU_TIME = 10  # seconds of processor time after which the kernel ends a server
+NEW = 4096  # bytes that a client must receive after a fault
 PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client receives
+BUSY = 0.2  # of a core: a server that only waits uses less
 
-# The lecture's script: {port} replaces its port, and one more line reports the port.
+# The lecture's script with another port.  One more line reports the port, for the benchmark.
 REPORT = 'import sys; print("listening on 127.0.0.1:%d" % sock.getsockname()[1], file=sys.stderr)'
 SCRIPT = (HERE / "lecture.py").read_text(encoding="utf-8").replace("10001", "{port}")
 SCRIPT = SCRIPT.replace("sock.listen()\n", f"sock.listen()\n{REPORT}\n")
-LECTURE, OURS, YOURS = "the lecture's script", "this server", "your server"
-SERVERS = {  # the command of each; a port replaces {port}, 0 is any free one
-    LECTURE: [sys.executable, "-X", "utf8", "-c", SCRIPT],
-    OURS: [sys.executable, str(HERE.parent / "non_block_io_server.py"), "--port", "{port}"],
+SERVERS = {  # {port} is replaced by the port; 0 is a free one
+    "the lecture's script": [sys.executable, "-c", f"exec({SCRIPT!a})"],
+    "this server": [sys.executable, str(HERE.parent / "non_block_io_server.py"), "--port", "{port}"],
 }
 
 
@@ -57,53 +60,45 @@ def command(name: str, port: int = 0) -> list[str]:
 class Server:
     """A server process.  The stack ends it and its clients."""
 
-    def __init__(self, stack: ExitStack, name: str, port: int = 0, piped: bool = False) -> None:
+    def __init__(self, stack: ExitStack, command: list[str], port: int = 0, piped: bool = False) -> None:
         self.stack = stack
         self.out, self.err = os.memfd_create("out"), os.memfd_create("err")  # its output, in memory
         stack.callback(os.close, self.out)
         stack.callback(os.close, self.err)
+        stdout = subprocess.PIPE if piped else self.out
+        command = [word.replace("{port}", str(port)) for word in command]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
         self.process = stack.enter_context(
-            subprocess.Popen(
-                ["sh", "-c", f'ulimit -t {CPU_TIME}; exec "$@"', "sh", *command(name, port)],
-                stdout=subprocess.PIPE if piped else self.out,
-                stderr=self.err,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},  # what it prints appears immediately
-            )
+            subprocess.Popen(command, stdout=stdout, stderr=self.err, env=environment)
         )
         stack.callback(self.process.kill)
-        self.port = 0  # it has ended
-        self.until(self.listens)
+        with suppress(ProcessLookupError):
+            resource.prlimit(self.process.pid, resource.RLIMIT_CPU, (10, 10))  # seconds: it may spin
+        self.until(lambda: listening_port(self.process.pid) > 0)
+        self.port = listening_port(self.process.pid)
 
-    def listens(self) -> bool:
-        """Find out on which port it listens.  A connection would count as a client."""
-        files = f"/proc/{self.process.pid}/fd"
-        with suppress(OSError):  # the process has ended, or has closed a file in the meantime
-            mine = {os.readlink(f"{files}/{file}") for file in os.listdir(files)}
-            for port, inode in listeners():
-                if f"socket:[{inode}]" in mine:
-                    self.port = port
-        return self.port > 0
-
-    def clients(self, number: int = 2, small: bool = True) -> list[socket.socket]:
-        """Return connections; if `small`, the kernel holds few bytes for each (buffers and segments)."""
-        if not self.port:
-            raise ConnectionError(f"it ends: {self.last_words()}")
+    def clients(self, number: int = 2, small: bool = False) -> list[socket.socket]:
+        """Return connections; a small one holds few unread bytes."""
+        assert self.port, f"it does not listen: {self.last_words()}"
         clients = [self.stack.enter_context(socket.socket()) for _ in range(number)]
         for client in clients:
             client.settimeout(DEADLINE)
             if small:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
             client.connect(("127.0.0.1", self.port))
         return clients
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition is true or the server has ended."""
         end = time.monotonic() + DEADLINE
-        while not condition() and self.process.poll() is None:
-            if time.monotonic() > end:
-                raise TimeoutError(f"it printed {text(self.out)[-500:]!r}, {text(self.err)[-500:]!r}")
+        while self.process.poll() is None and not condition():
+            printed = f"{text(self.out)[-200:]!r}, {text(self.err)[-200:]!r}"
+            assert time.monotonic() < end, f"no reaction in {DEADLINE:.0f} s; it printed {printed}"
             time.sleep(0.005)
+
+    def last_words(self) -> str:
+        """Return its last line on standard error."""
+        return (text(self.err).strip().splitlines() or [f"status {self.process.poll()}"])[-1]
 
     def watched(self, seconds: float) -> tuple[float, int, str]:
         """Return how much of a core it uses, how often it goes to sleep, and its state after that."""
@@ -115,46 +110,69 @@ class Server:
             time.sleep(pause)
         return (ticks[1] - ticks[0]) / os.sysconf("SC_CLK_TCK") / seconds, waits[1] - waits[0], state
 
-    def last_words(self) -> str:
-        """Return the last line of its standard error, for example that of a traceback."""
-        return (text(self.err).splitlines() or [f"status {self.process.returncode}"])[-1]
+    def rests(self) -> bool:
+        """Return whether it sleeps, and nothing wakes it."""
+        return self.watched(0.1) == (0, 0, "S")
 
     def outcome(self, other: socket.socket) -> tuple[bool, str]:
         """Return whether the server fails its other client, and a description."""
-        got = receives(other)
+        end = time.monotonic() + QUIET
+        self.until(lambda: self.rests() or time.monotonic() > end)  # it has noticed what happened
+        got = self.receives(other)
         if got == END:
             self.process.wait(DEADLINE)
-            return True, f"ends: {self.last_words()}"
+            return True, f"crashes: {self.last_words()}"
         return got != PINGS, f"{'continues' if got == PINGS else 'stalls'}: the other client gets {got}"
+
+    def receives(self, client: socket.socket) -> str:
+        """Return what a client receives, in addition to data in the kernel: PINGS, NOTHING or END."""
+        port = client.getsockname()[1]
+        unsent = queues(self.port, port)[0]  # first, because bytes move from here to the client's end
+        size = unsent + queues(port, self.port)[1] + NEW
+        client.settimeout(QUIET)
+        try:
+            while size > 0:
+                data = client.recv(size)
+                if not data:
+                    return END
+                size -= len(data)
+            return PINGS
+        except socket.timeout:
+            return NOTHING
+        except ConnectionError:
+            return END
+
+
+def tcp_sockets() -> list[list[str]]:
+    """Return the fields of all TCP sockets: proc(5)."""
+    texts = [path.read_text() for path in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if path.exists()]
+    return [line.split() for text in texts for line in text.splitlines()[1:]]
+
+
+def listening_port(pid: int) -> int:
+    """Return the port on which a process listens, or 0."""
+    try:
+        files = [os.readlink(file.path) for file in os.scandir(f"/proc/{pid}/fd")]
+    except OSError:  # it has ended, or a file was closed meanwhile
+        return 0
+    for fields in tcp_sockets():
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in files:
+            return int(fields[1].rpartition(":")[2], 16)
+    return 0
+
+
+def queues(port: int, peer: int) -> tuple[int, int]:
+    """Return how many bytes one end of a connection has sent and not received an ACK for, and not read."""
+    for fields in tcp_sockets():
+        if (fields[1][-4:], fields[2][-4:]) == (f"{port:04X}", f"{peer:04X}"):
+            sent, received = fields[4].split(":")
+            return int(sent, 16), int(received, 16)
+    return 0, 0
 
 
 def text(file: int) -> str:
     """Return the content of the file; the server's position in it stays."""
     return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
-
-
-def listeners() -> Iterator[tuple[int, str]]:
-    """Yield the port and the inode of each listener on this machine: proc(5)."""
-    for table in ("tcp", "tcp6"):
-        with suppress(FileNotFoundError), open(f"/proc/net/{table}") as lines:
-            next(lines)
-            for line in lines:
-                _, local, _, state, _, _, _, _, _, inode = line.split()[:10]
-                if state != "0A":  # the listeners are at the beginning
-                    break
-                yield int(local.rpartition(":")[2], 16), inode
-
-
-def receives(client: socket.socket) -> str:
-    """Return what a client receives, in addition to data in the kernel: PINGS, NOTHING or END."""
-    client.settimeout(QUIET)
-    try:
-        with client.makefile("rb") as stream:
-            return PINGS if len(stream.read(KEPT)) == KEPT else END
-    except socket.timeout:
-        return NOTHING
-    except ConnectionError:
-        return END
 
 
 Start = Callable[..., Server]  # start(port=0, piped=False) starts the server to observe
@@ -174,10 +192,12 @@ def reset(start: Start) -> Seen:
 def leave(start: Start) -> Seen:
     """a client half-closes its connection"""
     server = start()
-    server.clients()[0].shutdown(socket.SHUT_WR)  # its end of file: recv returns b"" from now on
+    first, _ = server.clients(small=True)
+    server.until(server.rests)  # the connections are full
+    first.shutdown(socket.SHUT_WR)  # its end of file: recv returns b"" from now on
     load, _, _ = server.watched(0.5)
     times = text(server.out).count("data received...")
-    return times > 0, f"prints 'data received...' {times:,} times, uses {load:.0%} of a core"
+    return times > 0 or load > BUSY, f"prints 'data received...' {times:,} times, uses {load:.0%} of a core"
 
 
 def split(start: Start) -> Seen:
@@ -214,7 +234,7 @@ def starve(start: Start) -> Seen:
         if readable:
             size = len(first.recv(1 << 20))
             got += size if sent > 4 << 20 else 0  # earlier pings have been read by then
-    return got < 1 << 10, f"gives it {got:,} bytes of pings for its 4 MiB"
+    return got < NEW, f"gives it {got:,} bytes of pings for its 4 MiB"
 
 
 def restart(start: Start) -> Seen:
@@ -225,7 +245,7 @@ def restart(start: Start) -> Seen:
     server.process.terminate()
     server.process.wait(DEADLINE)
     again = start(port=server.port)
-    return not again.port, "listens again" if again.port else f"ends: {again.last_words()}"
+    return not again.port, "listens again" if again.port else f"crashes: {again.last_words()}"
 
 
 def print_(start: Start) -> Seen:
@@ -240,9 +260,12 @@ def escape(start: Start) -> Seen:
     """a message holds an ESC sequence"""
     server = start()
     server.clients()[0].sendall(b"\x1b[31mred")
-    server.until(lambda: "red\n" in text(server.out))
-    raw, shown = "\x1b" in text(server.out), text(server.out).splitlines()[1]
-    return raw, "prints the raw ESC byte: the terminal obeys" if raw else f"prints {shown}"
+    server.until(lambda: "red" in text(server.out))
+    lines = [line for line in text(server.out).splitlines() if "red" in line]
+    if not lines:
+        return True, f"crashes: {server.last_words()}"
+    raw = "\x1b" in lines[0]
+    return raw, "prints the raw ESC byte: the terminal obeys" if raw else f"prints {lines[0]}"
 
 
 def stop(start: Start) -> Seen:
@@ -259,18 +282,21 @@ def stop(start: Start) -> Seen:
 def idle(start: Start) -> Seen:
     """no client sends or reads"""
     server = start()
-    for client in server.clients(small=False):
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    server.until(lambda: server.watched(0.1) == (0, 0, "S"))  # the connections are full
-    _, times, _ = server.watched(1.2)
-    return times > 0, f"wakes {times} time{'s' * (times != 1)} in 1.2 s"
+    server.clients(small=True)
+    server.until(server.rests)  # the connections are full
+    times = 1
+    for _ in range(3):  # the kernel may wake it once, when it has joined small segments
+        if times:
+            _, times, _ = server.watched(1.2)
+    return times > 0, f"wakes {times} times in 1.2 s"
 
 
 def third(start: Start) -> Seen:
     """a third client connects, then the first one disconnects"""
-    first, _, third_client = start().clients(3)
+    server = start()
+    first, _, third_client = server.clients(3)
     first.shutdown(socket.SHUT_WR)
-    got = receives(third_client)
+    got = server.receives(third_client)
     return got != PINGS, f"the third client gets {got}"
 
 
@@ -278,41 +304,60 @@ ALL = reset, leave, split, bytes_, starve, restart, print_, escape, stop, idle, 
 FAULTS = {fault.__name__.rstrip("_"): fault for fault in ALL}
 
 
-def observe(name: str, server: str) -> Seen:
-    """Return what one of SERVERS does in this situation."""
-    try:
+def observe(name: str, commands: Iterable[list[str]] = SERVERS.values()) -> list[Seen]:
+    """Return what each server does in this situation."""
+
+    def run(command: list[str]) -> Seen:
         with ExitStack() as stack:
-            return FAULTS[name](lambda **options: Server(stack, server, **options))
-    except OSError as error:  # for example, it sends no pings
-        return True, f"cannot be judged: {error}"
+            try:
+                return FAULTS[name](lambda **options: Server(stack, command, **options))
+            except subprocess.TimeoutExpired:
+                return True, f"does not end in {DEADLINE:.0f} s"
+            except (AssertionError, OSError) as error:
+                return True, f"does not serve: {error}"
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run, commands))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Show the faults of the lecture's script.")
-    parser.add_argument(
-        "name", nargs="?", choices=(*FAULTS, "all"), help="a fault (default: list all faults)"
-    )
-    parser.add_argument("--server", metavar="COMMAND", help="judge this server; {port} becomes its port")
+    add = parser.add_argument
+    add("name", nargs="?", choices=(*FAULTS, "all"), help="a fault (default: list all faults)")
+    add("--server", metavar="COMMAND", help="check this server instead; {port} in it is a free port")
     options = parser.parse_args()
-    if options.name:
-        need_epoll("faults")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # servers would inherit that it is ignored
-    names = [LECTURE, OURS]
-    if options.server:
-        names, SERVERS[YOURS] = [YOURS], shlex.split(options.server)
-    failed = False
-    for name, fault in FAULTS.items():
-        if not options.name:
+    servers = SERVERS
+    if options.server is not None:
+        try:
+            command = shlex.split(options.server)
+        except ValueError as error:
+            parser.error(f"argument --server: {error}")
+        if not command or not shutil.which(command[0]):
+            parser.error(f"argument --server: no such program: {command[0] if command else ''!r}")
+        servers = {"your server": command}
+    if not options.name:
+        for name, fault in FAULTS.items():
             print(f"{name:<8}  {fault.__doc__}")
-        elif options.name in (name, "all"):
-            print(fault.__doc__, flush=True)
-            with ThreadPoolExecutor() as pool:
-                for server, (fails, words) in zip(names, pool.map(observe, [name] * len(names), names)):
-                    verdict = {YOURS: "has this fault" if fails else "has not"}.get(server, server)
-                    print(f"  {verdict:<21}  {words}", flush=True)
-                    failed = failed or (fails and server != LECTURE)
-    sys.exit(failed)
+        return 0
+    need_epoll("faults")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job; the servers inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = []
+    names = list(FAULTS) if options.name == "all" else [options.name]
+    for name in names:
+        print(FAULTS[name].__doc__, flush=True)
+        for server, (fails, words) in zip(servers, observe(name, servers.values())):
+            mark = f"{'FAULT' if fails else 'right'}  " if options.server is not None else ""
+            print(f"  {server:<21}  {mark}{words}", flush=True)
+            found += [name] * fails
+    if options.server is None:
+        return 0
+    print(f"faults: {len(found)} of {len(names)}{': ' if found else ''}{', '.join(found)}")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -30,7 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Callable, Iterable, Iterator, NamedTuple
 
-from soak import LISTENING, STOPPED, Loss, numbers
+from soak import LISTENING, SERVER, STOPPED, Loss, at_least, counted, numbers, script
 
 SIZE = 64  # bytes of one echo
 WINDOW = 128  # echoes in flight in each process of clients: more could overflow a backlog
@@ -186,7 +186,8 @@ def limit(count: int, copies: int, files: int) -> str:
     share = count / copies
     seats = math.ceil(share + 6 * math.sqrt(share))  # the kernel spreads connections by a hash
     if seats + SPARE_FILES > files:
-        needs = f"each of {copies} copies needs {seats + SPARE_FILES:,} open files"
+        who = "the copy" if copies == 1 else f"each of {copies} copies"
+        needs = f"{who} needs {seats + SPARE_FILES:,} open files"
         return f"{needs}, and the hard limit is {files:,} (ulimit -Hn): use more copies"
     used, _, most = (int(field) for field in Path("/proc/sys/fs/file-nr").read_text().split())
     if used + 2 * count > most:
@@ -209,16 +210,16 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 1 << 20 if files == resource.RLIM_INFINITY else files
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    count = options.connections
-    too_low = limit(count, options.copies, files)
+    total = options.connections
+    too_low = limit(total, options.copies, files)
     if too_low:
         raise Loss(too_low)
 
-    number = max(os.cpu_count() or 1, math.ceil(count / (files - SPARE_FILES)))
+    number = max(os.cpu_count() or 1, math.ceil(total / (files - SPARE_FILES)))
     context = multiprocessing.get_context("fork")
     loads: list[Connection] = []
     for process in range(number):  # before there are threads
-        share = count * (process + 1) // number - count * process // number
+        share = total * (process + 1) // number - total * process // number
         ours, theirs = context.Pipe()
         load = context.Process(target=clients, args=(process, share, theirs), daemon=True)
         load.start()
@@ -227,7 +228,7 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
     copies: list[Copy] = []
     for _ in range(options.copies):
         port = copies[0].port if copies else 0
-        copies.append(Copy(options.server, port, min(count, files - SPARE_FILES)))
+        copies.append(Copy(options.server, port, min(total, files - SPARE_FILES)))
         stack.callback(copies[-1].process.kill)
 
     def step() -> float:
@@ -252,21 +253,35 @@ def many(options: argparse.Namespace, stack: contextlib.ExitStack) -> str:
     eventually(lambda: sum(copy.files() for copy in copies) <= before.files, "every seat is free")
     after = state_of(copies)
     served, received, sent = map(sum, zip(*(copy.stop() for copy in copies)))
-    if peak.files - before.files != count:
+    if peak.files - before.files != total:
         raise Loss(f"the copies held {peak.files - before.files:,} connections at the peak")
-    if (served, received, sent) != (count, 2 * SIZE * count, 2 * SIZE * count):
+    if (served, received, sent) != (total, 2 * SIZE * total, 2 * SIZE * total):
         raise Loss(f"the copies served {served:,} clients, received {received:,} and sent {sent:,} bytes")
-    used = before.available - peak.available
-    return (
-        f"{count:,} simultaneous connections over {options.copies:,} copies, {2 * count:,} echoes,"
-        f" {2 * SIZE * count:,} bytes checked, 0 wrong;"
-        f" descriptors of the copies: {before.files:,}, at the peak {peak.files:,}, after {after.files:,};"
-        f" their memory: {before.resident >> 20:,}, {peak.resident >> 20:,}, {after.resident >> 20:,} MiB"
-        f" ({(peak.resident - before.resident) / count:,.0f} bytes a connection);"
-        f" the machine's sockets: {before.sockets:,}, {peak.sockets:,}, {after.sockets:,};"
-        f" the machine's memory: {used >> 20:,} MiB at the peak ({used / count:,.0f} bytes a connection,"
-        f" both ends); {connecting:.1f} s to connect and echo, {echoing:.1f} s to echo again"
+    states = before, peak, after
+    return "\n".join(
+        [
+            f"{counted(total, 'simultaneous connection')} over {counted(options.copies, 'copy', 'copies')}:"
+            f" {counted(2 * total, 'echo', 'echoes')} of {SIZE} bytes checked, 0 wrong",
+            f"{'':36}{'before':>12}{'at the peak':>12}{'after':>12}",
+            row("descriptors of the copies", [state.files for state in states]),
+            row("memory of the copies, MiB", [state.resident >> 20 for state in states]),
+            row("sockets of the machine", [state.sockets for state in states]),
+            row("free memory of the machine, MiB", [state.available >> 20 for state in states]),
+            f"a connection needs {per_connection(peak.resident - before.resident, total)} in its copy,"
+            f" {per_connection(before.available - peak.available, total)} of the machine (both ends)",
+            f"{connecting:.1f} s to connect and echo, {echoing:.1f} s to echo again",
+        ]
     )
+
+
+def row(name: str, figures: list[int]) -> str:
+    """Return a line of the table."""
+    return f"{name:<36}" + "".join(f"{figure:>12,}" for figure in figures)
+
+
+def per_connection(size: int, total: int) -> str:
+    """Return the bytes of a connection.  Other programs change the memory of the machine, too."""
+    return f"{size / total:,.0f} bytes" if size > 0 else "no measurable memory"
 
 
 def main() -> int:
@@ -274,8 +289,20 @@ def main() -> int:
         description="Hold many connections open at the same time and check two echoes over each."
     )
     add = parser.add_argument
-    add("--connections", type=int, default=2000, metavar="N", help="simultaneous connections (default: 2000)")
-    add("--copies", type=int, default=2, metavar="N", help="copies of the server on one port (default: 2)")
+    add(
+        "--connections",
+        type=at_least(1),
+        default=2000,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    add(
+        "--copies",
+        type=at_least(1),
+        default=2,
+        metavar="N",
+        help="of the server, on one port (default: %(default)s)",
+    )
     add(
         "--hold",
         type=float,
@@ -283,10 +310,10 @@ def main() -> int:
         metavar="SECONDS",
         help="idle time before the second echo (default: 0)",
     )
-    add("--server", default=str(Path(__file__).parents[1] / "non_block_io_server.py"), help=argparse.SUPPRESS)
+    add("--server", type=script, default=SERVER, metavar="PATH", help="server to test (default: this one)")
     options = parser.parse_args()
-    if options.connections < 1 or options.copies < 1:
-        parser.error("at least one connection and one copy are needed")
+    if not 0 <= options.hold < float("inf"):
+        parser.error("argument --hold: must be a number of seconds")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no copy is left behind
     with contextlib.ExitStack() as stack:
         try:

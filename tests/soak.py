@@ -43,6 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, AnyStr, Callable, Dict
 
+SERVER = str(Path(__file__).parents[1] / "non_block_io_server.py")
 STALL = 60.0  # seconds
 TURN = 2.0  # seconds in which new clients of a crowd connect
 CROWD = 20  # clients at the same time
@@ -65,7 +66,10 @@ PHRASES = (
     b"no text: \xff\xfe\xe4\xb8 \xf0\x9f\x99",
 )
 
-JOINERS = "\u200c\u200d"  # escaped or not, as their neighbours are; both count as correct
+JOINERS = "\u200c\u200d"
+SELECTOR = "\ufe0f"  # escaped or not, as the character before it requires; both count as correct
+INVISIBLE = {*(0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0)}
+INVISIBLE.update(range(0xFE00, 0xFE0F), range(0xE0100, 0xE01F0))  # fillers and selectors
 TITLE = "data received..."
 HEADER = re.compile(r"data received\.\.\. \(client (\d+), (\S+)\)")
 LISTENING = re.compile(r"listening on \S+:(\d+), waiting for \d+ clients?")
@@ -84,12 +88,46 @@ class Loss(Exception):
     """A failure of the server."""
 
 
+def script(path: str) -> str:
+    """Return the path of a server that a tool is to test, for argparse."""
+    if not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"no such file: {path}")
+    return path
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a function that reads a number from the command line, for argparse."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return int(text)
+
+    number.__name__ = "int"  # argparse prints it: invalid int value
+    return number
+
+
+def seconds(text: str) -> float:
+    """Return a time from the command line, for argparse."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError("must be a positive number of seconds")
+    return float(text)
+
+
+seconds.__name__ = "float"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun in the right form."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 class Escapes(Dict[int, str]):
     """How the server prints each character, for str.translate()."""
 
     def __missing__(self, code: int) -> str:
         character, kind = chr(code), unicodedata.category(chr(code))
-        if kind[0] not in "CZ" or kind == "Zs" or character in JOINERS + "\t":
+        if code not in INVISIBLE and (kind[0] not in "CZ" or kind == "Zs" or character in JOINERS + "\t"):
             self[code] = character
         else:
             self[code] = character.encode("unicode_escape").decode().replace("\\r", "\\x0d")
@@ -100,8 +138,13 @@ ESCAPES = Escapes()
 
 
 def printed(data: bytes) -> str:
-    """Return how the server prints these bytes, without newlines: the ends of chunks are unknown."""
-    return data.decode("utf-8", "replace").replace("\r\n", "").replace("\n", "").translate(ESCAPES)
+    """Return how the server prints these bytes, without newlines and spaces.
+
+    The ends of chunks are unknown.  A line is indented if it is not the first one of a chunk, or if it looks
+    like a header.
+    """
+    text = data.decode("utf-8", "replace").replace("\r\n", "").replace("\n", "")
+    return text.translate(ESCAPES).replace(" ", "")
 
 
 def compare(what: str, real: AnyStr, expected: AnyStr) -> None:
@@ -312,10 +355,7 @@ class Copy:
             self.sender.number = int(header[1])
             self.after_header = True
         elif self.sender and not line.startswith(TITLE) and (self.after_header or line.startswith("  ")):
-            indented = not self.after_header or line.startswith(f"  {TITLE}")
-            line = line[2 * indented :]
-            for joiner in JOINERS:
-                line = line.replace(joiner.encode("unicode_escape").decode(), joiner)
+            line = line.replace(SELECTOR.encode("unicode_escape").decode(), SELECTOR).replace(" ", "")
             self.sender.lines.append(line)
             self.sender.size += len(line)
             self.after_header = False
@@ -403,7 +443,8 @@ class Copy:
 class Service:
     """The copies of the server that share a port, and their clients."""
 
-    def __init__(self, script: str, options: list[str]) -> None:
+    def __init__(self, options: list[str]) -> None:
+        self.options = options
         self.echo, self.quiet = "--echo" in options, "--quiet" in options
         self.every = float(options[options.index("--every") + 1]) if "--every" in options else 0.0
         self.clients: dict[str, Client] = {}  # by address, until they are checked
@@ -414,12 +455,16 @@ class Service:
         self.flowing = threading.Event(), threading.Event()  # standard output, standard error
         for flowing in self.flowing:
             flowing.set()
-        count = COPIES if "--reuse-port" in options else 1
-        self.pool = ThreadPoolExecutor(CROWD + 2 * count)
+        self.number = COPIES if "--reuse-port" in options else 1
+        self.pool = ThreadPoolExecutor(CROWD + 2 * self.number)
         self.copies: list[Copy] = []
         self.port = 0
-        for _ in range(count):
-            self.copies.append(Copy(self, [sys.executable, script, "--port", str(self.port), *options]))
+
+    def start(self, script: str) -> None:
+        """Start the copies.  Raises Loss if one does not listen."""
+        for _ in range(self.number):
+            command = [sys.executable, script, "--port", str(self.port), *self.options]
+            self.copies.append(Copy(self, command))
             self.wait(lambda: self.copies[-1].port > 0, "it listens")
             self.port = self.copies[-1].port
             self.copies[-1].base_memory = self.copies[-1].memory()
@@ -658,8 +703,9 @@ class Service:
 def soak(script: str, options: list[str], rng: random.Random, end: float) -> Service:
     """Run one mode until `end`; `losses` describes the failures."""
     turn = min(TURN, (end - time.monotonic()) / 4)
-    service = Service(script, options)
+    service = Service(options)
     try:
+        service.start(script)
         service.probe(rng)
         while not service.checked or time.monotonic() < end:
             service.crowd(rng, time.monotonic() + turn)
@@ -681,10 +727,10 @@ def soak(script: str, options: list[str], rng: random.Random, end: float) -> Ser
 def main() -> int:
     parser = argparse.ArgumentParser(description="Put random loads on the server and check every byte.")
     add = parser.add_argument
-    add("--seconds", type=float, default=60.0, metavar="N", help="approximate time (default: %(default)s)")
+    add("--seconds", type=seconds, default=60.0, metavar="N", help="approximate time (default: %(default)s)")
     add("--quick", action="store_true", help="run 5 of the 15 modes; each option is in one of them")
     add("--seed", type=int, default=random.randrange(10**6), metavar="N", help="seed of a run to repeat")
-    add("--server", default=str(Path(__file__).parents[1] / "non_block_io_server.py"), help=argparse.SUPPRESS)
+    add("--server", type=script, default=SERVER, metavar="PATH", help="server to test (default: this one)")
     options = parser.parse_args()
     print(f"soak: --seed {options.seed}", file=sys.stderr)
     rng = random.Random(options.seed)

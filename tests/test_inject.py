@@ -64,7 +64,7 @@ def run_tool(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_sample_of_faults_does_no_harm() -> None:
     result = run_tool("inject.py", "--sample", "30", "--seed", "1")
     assert result.returncode == 0, result.stdout + result.stderr
-    found = re.fullmatch(r"inject: 30 cases, (\d+) not reached, 0 failures\n", result.stdout)
+    found = re.search(r"^inject: 30 cases, (\d+) not reached, 0 failures\n\Z", result.stdout, re.M)
     assert found, result.stdout
     assert int(found[1]) < 15
 
@@ -87,14 +87,17 @@ def test_finds_the_faults_of_a_bad_server(case: str, wrong: str, tmp_path: Path)
     assert first == case
     assert any(re.match(f"    {wrong}", line) for line in lines), result.stdout
     assert any("(INJECTED)" in line for line in lines), result.stdout
-    assert last == "inject: 1 cases, 0 not reached, 1 failures"
+    assert last == "inject: 1 case, 0 not reached, 1 failure"
 
 
 def test_accepts_a_bad_server_without_a_fault(tmp_path: Path) -> None:
     bad = tmp_path / "bad_server.py"
     bad.write_text(BAD_SERVER)
     result = run_tool("inject.py", "--server", str(bad), "--case", "echo:recvfrom:error=EIO:when=9999")
-    assert (result.returncode, result.stdout) == (0, "inject: 1 cases, 1 not reached, 0 failures\n")
+    assert result.returncode == 0
+    explained, last = result.stdout.splitlines()
+    assert explained.startswith("inject: 1 not reached: the server made fewer of these calls ")
+    assert last == "inject: 1 case, 1 not reached, 0 failures"
 
 
 def test_reports_why_it_cannot_inject(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -106,19 +109,64 @@ def test_reports_why_it_cannot_inject(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_holds_many_connections() -> None:
     result = run_tool("many.py", "--connections", "1000", "--copies", "2")
     assert result.returncode == 0, result.stdout + result.stderr
-    start = (
-        "many: 1,000 simultaneous connections over 2 copies, 2,000 echoes, 128,000 bytes checked, 0 wrong; "
-    )
-    assert result.stdout.startswith(start)
-    found = re.search(r"descriptors of the copies: (\d+), at the peak ([\d,]+), after (\d+);", result.stdout)
+    first, _, descriptors, *_ = result.stdout.splitlines()
+    counts = "1,000 simultaneous connections over 2 copies: 2,000 echoes of 64 bytes checked, 0 wrong"
+    assert first == f"many: {counts}"
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    found = re.fullmatch(r"descriptors of the copies +(\d+) +([\d,]+) +(\d+)", descriptors)
     assert found, result.stdout
     before, peak, after = (int(number.replace(",", "")) for number in found.groups())
     assert (peak - before, after) == (1000, before)
 
 
-def test_reports_the_limit_that_is_too_low() -> None:
-    result = run_tool("many.py", "--connections", "9000000", "--copies", "1")
+def test_one_connection_needs_no_plural_and_no_negative_memory() -> None:
+    result = run_tool("many.py", "--connections", "1", "--copies", "1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("many: 1 simultaneous connection over 1 copy: 2 echoes ")
+    assert "-" not in result.stdout
+
+
+@pytest.mark.parametrize(("copies", "who"), [("1", "the copy"), ("2", "each of 2 copies")])
+def test_reports_the_limit_that_is_too_low(copies: str, who: str) -> None:
+    result = run_tool("many.py", "--connections", "9000000", "--copies", copies)
     assert result.returncode == 1
-    assert re.fullmatch(
-        r"many: failed: each of 1 copies needs .*\(ulimit -Hn\): use more copies\n", result.stdout
-    )
+    assert re.fullmatch(rf"many: failed: {who} needs .*\(ulimit -Hn\): use more copies\n", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("inject.py --call nosuch", "argument --call: no errno is known for nosuch"),
+        ("inject.py --jobs 0", "argument --jobs: must be at least 1"),
+        ("inject.py --sample 0", "argument --sample: must be at least 1"),
+        ("inject.py --sample x", "argument --sample: invalid int value: 'x'"),
+        ("inject.py --case nosuch:", "argument --case: 'nosuch:' is not MODE:CALL:FAULT:when=N, for example"),
+        ("inject.py --case echo:write:error=EIO:when=0", "is not MODE:CALL:FAULT:when=N, for example"),
+        ("inject.py --case echo:write:error=ENOSUCH:when=1", "is not MODE:CALL:FAULT:when=N, for example"),
+        ("inject.py --server nosuch", "argument --server: no such file: nosuch"),
+        ("many.py --server nosuch", "argument --server: no such file: nosuch"),
+        ("many.py --copies 0", "argument --copies: must be at least 1"),
+        ("many.py --hold nan", "argument --hold: must be a number of seconds"),
+        ("soak.py --server nosuch", "argument --server: no such file: nosuch"),
+        ("soak.py --seconds 0", "argument --seconds: must be a positive number of seconds"),
+        ("soak.py --seconds x", "argument --seconds: invalid float value: 'x'"),
+    ],
+)
+def test_wrong_usage_ends_with_one_line(command: str, words: str) -> None:
+    result = run_tool(*command.split())
+    assert (result.returncode, result.stdout) == (2, "")
+    assert words in result.stderr.splitlines()[-1]
+
+
+def test_a_program_that_is_no_server_is_reported(tmp_path: Path) -> None:
+    program = tmp_path / "nothing.py"
+    program.write_text("import sys; sys.exit('nothing to serve')")
+    for tool, words in (
+        ("inject.py", "inject: .*without a fault"),
+        ("many.py", "many: failed: a copy does not listen: nothing to serve"),
+        ("soak.py", "did not happen: it listens"),
+    ):
+        result = run_tool(tool, "--server", str(program), *(["--quick", "--seconds=1"] * (tool == "soak.py")))
+        assert result.returncode == 1
+        assert re.search(words, result.stdout + result.stderr)
+        assert "Traceback" not in result.stderr

@@ -288,7 +288,9 @@ def test_the_server_of_the_fixture_ends_with_pytest(folder: Path) -> None:
     port = int((folder / "port").read_text())
 
     def has_ended() -> bool:
-        return port not in dict(faults.listeners())
+        return not any(
+            fields[3] == "0A" and fields[1].endswith(f":{port:04X}") for fields in faults.tcp_sockets()
+        )
 
     eventually(has_ended, "the server has ended")
 
@@ -307,14 +309,12 @@ def test_the_core_marks_each_line_that_is_new() -> None:
 
 
 @pytest.fixture
-def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[faults.Server]:
+def twin(request: pytest.FixtureRequest) -> Iterator[faults.Server]:
     """Yield a server that runs a program of the README, on a free port."""
     program = TWINS[request.param]
     assert program.count("10001") == 1
-    command = [sys.executable, "-c", program.replace("10001", "{port}")]
-    monkeypatch.setitem(faults.SERVERS, request.param, command)
     with ExitStack() as stack:
-        yield faults.Server(stack, request.param)
+        yield faults.Server(stack, [sys.executable, "-c", program.replace("10001", "{port}")])
 
 
 @pytest.mark.parametrize("twin", TWINS, indirect=True)

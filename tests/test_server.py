@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 import re
 import select
 import signal
@@ -457,7 +456,7 @@ def test_a_port_in_use_is_reported(start: Start) -> None:
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "\xe9" * 70, "\xe9..b"])
 def test_an_address_that_cannot_be_used_is_reported(host: str) -> None:
-    result = run(SERVER, "--port", "0", "--host", host, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    result = run(SERVER, "--port", "0", "--host", host.encode())
     assert result.returncode == 1
     shown = f"[{host}]" if ":" in host else host
     assert re.match(rf"cannot listen on {re.escape(shown)}:0: .+\n\Z", result.stderr)

@@ -197,6 +197,27 @@ def test_bytes_that_arrive_during_a_stop_are_read(start: Start, failing: Failing
     assert re.search("\nstopped: 1 client served, 30,000 bytes received, ", server.ended(0))
 
 
+@pytest.mark.parametrize("options", MODES)
+def test_python_has_nothing_to_warn_of(start: Start, options: Any) -> None:
+    """In development mode, Python reports each socket, file or coroutine that is left open."""
+    env = {**os.environ, "PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}
+    server = start(*options, "--wait-for", "1", env=env)
+    client, other = server.seat(), server.seat()
+    client.sendall(b"hello")
+    assert read_exactly(client, 4) in (b"ping", b"hell")
+    other.shutdown(socket.SHUT_WR)
+    server.err.wait_for("^client 2 left")
+    lines = server.stop().splitlines()
+    assert [re.split("[ :]", line)[0] for line in lines] == [
+        "listening",
+        "client",
+        "serving",
+        "client",
+        "client",
+        "stopped",
+    ]
+
+
 # ---------------------------------------------------------------- a stop cuts no ping and hides no gap
 
 
