@@ -227,13 +227,13 @@ def starve(start: Start) -> Seen:
     first, _ = start().clients()
     first.setblocking(False)
     sent = got = 0
-    while sent < 8 << 20:
+    while sent < 20 << 20:
         readable, writable, _ = select.select([first], [first], [])
         if writable:
             sent += first.send(b"Some message...\n" * 4096)
         if readable:
             size = len(first.recv(1 << 20))
-            got += size if sent > 4 << 20 else 0  # earlier pings have been read by then
+            got += size if sent > 16 << 20 else 0  # earlier pings have been read by then
     return got < NEW, f"gives it {got:,} bytes of pings for its 4 MiB"
 
 
