@@ -5,7 +5,8 @@ folder where a virtual environment of this Python version keeps its packages.
 
 To add a test, choose the file by the promise: test_server (no options, addresses), test_options (seats,
 --echo, --every, --trace), test_messages, test_outputs (stdout and stderr), test_stop, test_resources (failed
-calls), test_protocols, test_client, test_readme.  conftest.py holds the helpers.  An example:
+calls), test_protocols, test_client, test_readme (its sessions and claims), test_exercises, test_misbehave.
+conftest.py holds the helpers.  An example:
 
     def test_an_echo(start: Start) -> None:
         server = start("--echo", "--wait-for", "1")  # a process on a free port, ended after the test
