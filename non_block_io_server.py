@@ -1031,7 +1031,7 @@ def open_output(stream: TextIO) -> tuple[int, int, int | None]:
         raise ValueError("it has no descriptor") from None
     status, terminal = os.fstat(given), os.isatty(given)
     is_pipe = stat.S_ISFIFO(status.st_mode)
-    writable = fcntl.fcntl(given, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    writable = fcntl.fcntl(given, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR)
     if not writable or not (terminal or is_pipe or stat.S_ISSOCK(status.st_mode)):
         return given, given, None  # a file has no reader to wait for
     # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again,
