@@ -51,6 +51,7 @@ import struct
 import sys
 import time
 import types
+import warnings
 from contextlib import ExitStack, suppress
 from os import read, write
 
@@ -1052,7 +1053,6 @@ def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
 
 def log_warnings(log: Output, stack: ExitStack) -> None:
     """Write what Python would print itself to the log, such as the warning about a forgotten `await`."""
-    import warnings
 
     def show(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
         log.write_line(escape(warnings.formatwarning(message, category, filename, lineno).rstrip()))
