@@ -1306,8 +1306,10 @@ def main(protocol: Protocol | None = None) -> None:
         kind = echo if options.echo else heartbeat if options.every else flood
         with ExitStack() as stack:
             run(options, protocol or kind, stack)
-    except (SystemExit, MemoryError) as end:
-        reason = OUT_OF_MEMORY if isinstance(end, MemoryError) else end.code
+    except (SystemExit, MemoryError, OSError) as end:
+        reason = end.code if isinstance(end, SystemExit) else OUT_OF_MEMORY
+        if isinstance(end, OSError):
+            reason = f"cannot put back what the process had before: {why(end)}"
         if not isinstance(reason, str):
             raise
         with suppress(OSError):  # Python would print it, but not in a thread, and not without memory
