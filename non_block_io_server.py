@@ -104,13 +104,13 @@ OUT_OF_MEMORY = "out of memory: the server cannot continue"
 
 
 @types.coroutine
-def ready(interest: int) -> Generator[Any, Any, int]:
+def ready(interest: int) -> Generator[int, int, int]:
     """Wait until epoll reports one of these events; return them (0 after a wake).
 
     This is the only place where a task waits.  The loop raises an error here if epoll cannot watch the
     descriptor (OSError), or if `interest` is no mask of events (TypeError).
     """
-    return (yield interest) or 0
+    return (yield interest)
 
 
 async def fail(error: Exception) -> None:
@@ -176,8 +176,8 @@ class Loop:
             return -1.0
         return min(max(0.0, self.next_timer - time.monotonic()), MAX_TIMEOUT)
 
-    def due(self) -> Iterable[tuple[int, None]]:
-        """Return the woken tasks and those whose timer is due, without events, and forget these wakes."""
+    def due(self) -> Iterable[tuple[int, int | None]]:
+        """Return the woken tasks and those whose timer is due, with 0 for events, or None for a new task."""
         now = time.monotonic() if self.timers else 0.0
         if self.timers and now >= self.next_timer:
             due = [descriptor for descriptor, when in self.timers.items() if when <= now]
@@ -185,11 +185,11 @@ class Loop:
                 del self.timers[descriptor]
             self.wake(due)
             self.next_timer = max(min(self.timers.values(), default=NEVER), now + TIMER_SCAN)
-        batch, self.woken = self.woken, {}  # a task that is woken again waits for the next batch
-        self.tasks.update(self.starting)
-        self.interests.update(dict.fromkeys(self.starting, 0))
-        self.starting.clear()
-        return [(descriptor, None) for descriptor in batch]
+        starting, self.starting = self.starting, {}
+        self.tasks.update(starting)
+        self.interests.update(dict.fromkeys(starting, 0))
+        woken, self.woken = self.woken, {}  # a task that is woken again waits for the next batch
+        return [(descriptor, None if descriptor in starting else 0) for descriptor in woken]
 
     def change_interest(self, descriptor: int, interest: Any) -> None:
         """Tell epoll what a task waits for.  An error is raised in the task; a second one ends it."""
@@ -414,7 +414,8 @@ class Client:
         except BlockingIOError:
             return b""
         self.received += len(data)
-        self.at_eof = not data
+        if not data:
+            self.at_eof = True
         if messages.open:
             self.show(data)
         return data
