@@ -1078,6 +1078,9 @@ def catch_signals(loop: Loop, stack: ExitStack) -> int:
 
     def end_loop(number: int, frame: Any) -> None:
         if os.getpid() == process:
+            signal.pthread_sigmask(
+                signal.SIG_BLOCK, STOP_SIGNALS
+            )  # many could interrupt each other's handler
             loop.running = False
             with suppress(OSError):  # wakes epoll even if a library has replaced the wakeup descriptor
                 write(writer, b"\0")
