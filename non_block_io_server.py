@@ -416,6 +416,8 @@ class Client:
         self.received += len(data)
         if not data:
             self.at_eof = True
+            if self.error:  # for example, the server has disconnected this client as too slow
+                raise self.error
         if messages.open:
             self.show(data)
         return data
