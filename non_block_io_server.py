@@ -499,9 +499,9 @@ async def flood(client: Client) -> None:
     pings = client.server.pings = client.server.pings or Pings()
     while not client.at_eof:
         events = await ready(client.interest | EPOLLOUT)
-        if events != EPOLLOUT:  # after a wake, too: the client that has waited longest is read first
+        if events != EPOLLOUT:  # a wake tries both: the client that has waited longest is read first
             client.receive()
-        if events & EPOLLOUT and not client.at_eof:
+        if events != EPOLLIN and not client.at_eof:
             pings.send(client)
     cut = client.sent % len(PING)
     if cut:

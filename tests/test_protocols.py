@@ -1066,10 +1066,15 @@ SIGNALS = {
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     """,
     "forked": """
+        reader, writer = os.pipe()
         child = os.fork()
         if not child:
+            os.write(writer, b"x")
             while True:
                 time.sleep(3600)
+        os.read(reader, 1)  # CPython forgets a signal that arrives before its fork is complete
+        os.close(reader)
+        os.close(writer)
         os.kill(child, signal.SIGTERM)
         assert os.waitpid(child, 0)[1] == signal.SIGTERM
     """,
