@@ -499,7 +499,7 @@ async def flood(client: Client) -> None:
     pings = client.server.pings = client.server.pings or Pings()
     while not client.at_eof:
         events = await ready(client.interest | EPOLLOUT)
-        if events & EPOLLIN:
+        if events != EPOLLOUT:  # after a wake, too: the client that has waited longest is read first
             client.receive()
         if events & EPOLLOUT and not client.at_eof:
             pings.send(client)
@@ -841,13 +841,17 @@ class MessageFormatter:
         return f"{self.header}{'  ' if imitates_header(text) else ''}{text}\n"
 
 
+JAMO = "\u1160-\u11ff\ud7b0-\ud7ff"  # letters that terminals draw over the character before them
+GAP = rf"(?:[^\w.\u2024-\u2026\uff0e\n]|[{JAMO}])*"  # spaces and marks
+HEADER_LIKE = (
+    "".join(rf"{GAP}(?:{letter}|[^\W\0-\x7f{JAMO}])" for letter in "datareceived")
+    + rf"{GAP}(?:[\u2025\u2026]|[.\u2024\uff0e]{GAP}[.\u2024\uff0e\u2025])"  # two dots or more
+)
+
+
 def imitates_header(text: str) -> bool:
     """Return whether the first line looks like a header, perhaps with foreign letters or marks in it."""
-    if text.isascii():
-        return text.startswith(MESSAGE_TITLE)
-    start = re.sub(r"[^\w.\u2024-\u2026\uff0e]", "", text[:200])  # without spaces and marks that overlay
-    title = "".join(f"[{letter}\x80-\U0010ffff]" for letter in "datareceived")
-    return bool(re.match(f"{title}[.\u2024-\u2026\uff0e]", start))
+    return text.startswith(MESSAGE_TITLE) if text.isascii() else bool(re.match(HEADER_LIKE, text))
 
 
 def escape(text: str) -> str:
