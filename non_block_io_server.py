@@ -548,7 +548,7 @@ class Pings:
     def close(self) -> None:
         """Close the file."""
         if self.file >= 0:
-            os.close(self.file)
+            close(os.close, self.file)
         self.file = -1
 
 
@@ -691,8 +691,7 @@ class Server:
         with suppress(OSError):
             if not complete:
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        with suppress(OSError):  # close(2): the descriptor is free even after an error
-            client.sock.close()
+        close(client.sock.close)
 
     def finish(self) -> None:
         """Serve the data that has arrived, then end all tasks of clients.
@@ -754,7 +753,7 @@ class Server:
         """Close all sockets and the file of pings."""
         for client in list(self.clients.values()):
             self.forget(client, complete=False)
-        self.listener.close()
+        close(self.listener.close)
         if self.pings:
             self.pings.close()
 
@@ -1024,7 +1023,7 @@ class Output:
     def close(self) -> None:
         """Close the descriptor that is not the stream's own."""
         if self.descriptor != self.given:
-            os.close(self.descriptor)
+            close(os.close, self.descriptor)
 
 
 def open_output(stream: TextIO) -> tuple[int, int, int | None]:
@@ -1095,8 +1094,8 @@ def catch_signals(loop: Loop, stack: ExitStack) -> int:
             os.kill(os.getpid(), number)
 
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    stack.callback(os.close, reader)
-    stack.callback(os.close, writer)
+    stack.callback(close, os.close, reader)
+    stack.callback(close, os.close, writer)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     stack.callback(signal.set_wakeup_fd, before)
     for number in STOP_SIGNALS:
@@ -1393,6 +1392,12 @@ def stop(server: Server, end: BaseException | None) -> None:
         raise end
 
 
+def close(function: Callable[..., None], *descriptor: int) -> None:
+    """Call a function that closes a descriptor.  close(2): it is free even after an error."""
+    with suppress(OSError):
+        function(*descriptor)
+
+
 def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Return function(*arguments).  An error becomes SystemExit, with what failed and why."""
     try:
@@ -1418,5 +1423,6 @@ def raise_file_limit(connections: int, log: Output, stack: ExitStack) -> None:
 
 if __name__ == "__main__":
     if epoll is not None:  # main() unblocks them: so a further Ctrl-C at Python's exit changes no exit status
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        with suppress(OSError):  # a sandbox may forbid this call
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     main()
