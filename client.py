@@ -472,7 +472,7 @@ def open_again(descriptor: int, access: int) -> int:
     """
     path = f"/dev/fd/{descriptor}"
     with suppress(OSError):  # a socket, or another user's terminal
-        if not os.path.realpath(path).endswith("/ptmx"):  # opening this makes a new pseudo-terminal
+        if not os.path.realpath(path).endswith(("/ptmx", "/tty")):  # opening these gives another terminal
             return os.open(path, access | os.O_NONBLOCK | os.O_NOCTTY)
     return descriptor
 

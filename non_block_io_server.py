@@ -499,9 +499,9 @@ async def flood(client: Client) -> None:
     pings = client.server.pings = client.server.pings or Pings()
     while not client.at_eof:
         events = await ready(client.interest | EPOLLOUT)
-        if events & EPOLLIN:
+        if events != EPOLLOUT:  # a wake tries both: the client that has waited longest is read first
             client.receive()
-        if events & EPOLLOUT and not client.at_eof:
+        if events != EPOLLIN and not client.at_eof:
             pings.send(client)
     cut = client.sent % len(PING)
     if cut:
@@ -548,7 +548,7 @@ class Pings:
     def close(self) -> None:
         """Close the file."""
         if self.file >= 0:
-            os.close(self.file)
+            close(os.close, self.file)
         self.file = -1
 
 
@@ -691,8 +691,7 @@ class Server:
         with suppress(OSError):
             if not complete:
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        with suppress(OSError):  # close(2): the descriptor is free even after an error
-            client.sock.close()
+        close(client.sock.close)
 
     def finish(self) -> None:
         """Serve the data that has arrived, then end all tasks of clients.
@@ -754,7 +753,7 @@ class Server:
         """Close all sockets and the file of pings."""
         for client in list(self.clients.values()):
             self.forget(client, complete=False)
-        self.listener.close()
+        close(self.listener.close)
         if self.pings:
             self.pings.close()
 
@@ -841,13 +840,17 @@ class MessageFormatter:
         return f"{self.header}{'  ' if imitates_header(text) else ''}{text}\n"
 
 
+JAMO = "\u1160-\u11ff\ud7b0-\ud7ff"  # letters that terminals draw over the character before them
+GAP = rf"(?:[^\w.\u2024-\u2026\uff0e\n]|[{JAMO}])*"  # spaces and marks
+HEADER_LIKE = (
+    "".join(rf"{GAP}(?:{letter}|[^\W\0-\x7f{JAMO}])" for letter in "datareceived")
+    + rf"{GAP}(?:[\u2025\u2026]|[.\u2024\uff0e]{GAP}[.\u2024\uff0e\u2025])"  # two dots or more
+)
+
+
 def imitates_header(text: str) -> bool:
     """Return whether the first line looks like a header, perhaps with foreign letters or marks in it."""
-    if text.isascii():
-        return text.startswith(MESSAGE_TITLE)
-    start = re.sub(r"[^\w.\u2024-\u2026\uff0e]", "", text[:200])  # without spaces and marks that overlay
-    title = "".join(f"[{letter}\x80-\U0010ffff]" for letter in "datareceived")
-    return bool(re.match(f"{title}[.\u2024-\u2026\uff0e]", start))
+    return text.startswith(MESSAGE_TITLE) if text.isascii() else bool(re.match(HEADER_LIKE, text))
 
 
 def escape(text: str) -> str:
@@ -1020,7 +1023,7 @@ class Output:
     def close(self) -> None:
         """Close the descriptor that is not the stream's own."""
         if self.descriptor != self.given:
-            os.close(self.descriptor)
+            close(os.close, self.descriptor)
 
 
 def open_output(stream: TextIO) -> tuple[int, int, int | None]:
@@ -1091,8 +1094,8 @@ def catch_signals(loop: Loop, stack: ExitStack) -> int:
             os.kill(os.getpid(), number)
 
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    stack.callback(os.close, reader)
-    stack.callback(os.close, writer)
+    stack.callback(close, os.close, reader)
+    stack.callback(close, os.close, writer)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     stack.callback(signal.set_wakeup_fd, before)
     for number in STOP_SIGNALS:
@@ -1389,6 +1392,12 @@ def stop(server: Server, end: BaseException | None) -> None:
         raise end
 
 
+def close(function: Callable[..., None], *descriptor: int) -> None:
+    """Call a function that closes a descriptor.  close(2): it is free even after an error."""
+    with suppress(OSError):
+        function(*descriptor)
+
+
 def attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Return function(*arguments).  An error becomes SystemExit, with what failed and why."""
     try:
@@ -1414,5 +1423,6 @@ def raise_file_limit(connections: int, log: Output, stack: ExitStack) -> None:
 
 if __name__ == "__main__":
     if epoll is not None:  # main() unblocks them: so a further Ctrl-C at Python's exit changes no exit status
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        with suppress(OSError):  # a sandbox may forbid this call
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     main()

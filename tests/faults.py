@@ -226,15 +226,20 @@ def starve(start: Start) -> Seen:
     """a client sends endlessly and reads everything that it receives"""
     first, _ = start().clients()
     first.setblocking(False)
-    sent = got = 0
-    while sent < 20 << 20:
-        readable, writable, _ = select.select([first], [first], [])
-        if writable:
-            sent += first.send(b"Some message...\n" * 4096)
-        if readable:
-            size = len(first.recv(1 << 20))
-            got += size if sent > 16 << 20 else 0  # earlier pings have been read by then
-    return got < NEW, f"gives it {got:,} bytes of pings for its 4 MiB"
+    least = 1 << 30  # on a busy machine, the client may pause; then even the lecture's script sends pings
+    for _ in range(5):
+        sent = got = 0
+        while sent < 8 << 20:
+            readable, writable, _ = select.select([first], [first], [])
+            if writable:
+                sent += first.send(b"Some message...\n" * 4096)
+            if readable:
+                size = len(first.recv(1 << 20))
+                got += size if sent > 4 << 20 else 0  # earlier pings have been read by then
+        least = min(least, got)
+        if least < NEW:
+            break
+    return least < NEW, f"gives it {least:,} bytes of pings for its 4 MiB"
 
 
 def restart(start: Start) -> Seen:

