@@ -1070,8 +1070,8 @@ SIGNALS = {
         child = os.fork()
         if not child:
             os.write(writer, b"x")
-            while True:
-                time.sleep(3600)
+            while True:  # short sleeps: a signal just before a sleep does not interrupt it
+                time.sleep(0.01)
         os.read(reader, 1)  # CPython forgets a signal that arrives before its fork is complete
         os.close(reader)
         os.close(writer)
@@ -1198,7 +1198,7 @@ def test_the_trace_shows_the_events_that_epoll_reported_and_what_was_done_in_ord
             elif line.startswith(f"    {name}: reported "):
                 bits = int(line.split()[-1])
                 reported.append(" ".join(text for bit, text in BITS.items() if bits & bit))
-        assert len(reported) >= (4 if name == peer.name else 1)
+        assert len(reported) >= (3 if name == peer.name else 1)
         if name == peer.name:
             assert resumed[-len(reported) :] == reported, "no event that epoll did not report"
         else:
