@@ -131,6 +131,11 @@ SEEN = {
     """,
     "sleeps": "await client.sleep(0.05)\nawait client.write(b'late')",
     "returns": "client.queue(b'queued')",
+    "returns_without_reading": """
+        while not client.unread():
+            await client.sleep(0.001)
+        client.queue(b"queued")
+    """,
     "queues_much": "client.queue(b'x' * 10_000_000)",
     "reason": "raise OSError('a reason')",
     "reason_of_two_lines": "raise OSError('two\\nlines \\x1b[31m')",
@@ -172,8 +177,12 @@ def half_close(sock: socket.socket) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
-def say_hello_and_half_close(sock: socket.socket) -> None:
+def say_hello(sock: socket.socket) -> None:
     sock.sendall(b"hello")
+
+
+def say_hello_and_half_close(sock: socket.socket) -> None:
+    say_hello(sock)
     half_close(sock)
 
 
@@ -185,9 +194,7 @@ def say_hello_and_half_close(sock: socket.socket) -> None:
         Expected("read_after_end", b"read() after the end of file", False, "left", half_close),
         Expected("sleeps", b"late", False, "was closed by its protocol"),
         Expected("returns", b"queued", False, "was closed by its protocol"),
-        Expected(
-            "returns", b"queued", False, "was closed by its protocol", lambda sock: sock.sendall(b"more")
-        ),
+        Expected("returns_without_reading", b"queued", False, "was closed by its protocol", say_hello),
         Expected("queues_much", b"x" * 10_000_000, False, "was closed by its protocol"),
         Expected("write_timeout_caught", b"x" * 1_000_000 + b"end", False, "was closed by its protocol"),
         Expected("reason", b"", True, "was lost (a reason)"),
@@ -195,9 +202,7 @@ def say_hello_and_half_close(sock: socket.socket) -> None:
         Expected("no_reason", b"", True, "was lost (OSError)"),
         Expected("system_reason", b"", True, "was lost (No such file or directory)"),
         Expected("waits", b"", False, "left", half_close),
-        Expected(
-            "reads_itself", b"HELLO", False, "was closed by its protocol", lambda sock: sock.sendall(b"hello")
-        ),
+        Expected("reads_itself", b"HELLO", False, "was closed by its protocol", say_hello),
         Expected("ground_floor", b"HELLO", False, "left", say_hello_and_half_close),
     ],
     ids=lambda case: case.protocol,
@@ -595,6 +600,11 @@ DANGERS = {
             last.queue(b"data")
         await client.write(b"done")
     """,
+    "queue_much_to_last": """
+        await client.read()
+        list(client.server.clients.values())[-1].queue(bytes(8_000_000))
+        await client.write(b"done")
+    """,
     "words": """
         words = b""
         try:
@@ -646,6 +656,11 @@ DANGERS = {
             await client.sleep(3600)
         finally:
             await ready(0)
+    """,
+    "closes_its_descriptor_and_waits": """
+        await client.read()
+        os.close(client.descriptor)
+        await ready(EPOLLIN)
     """,
     "closes_its_socket": """
         await client.read()
@@ -710,6 +725,28 @@ def test_data_that_arrived_before_a_reset_is_read_after_a_failed_send(dangers: S
     dangers.messages("^last words$")
 
 
+def test_data_that_arrived_before_a_reset_is_read_before_queued_data_is_sent(dangers: Server) -> None:
+    sender, peer = Peer(dangers, "queue_much_to_last"), Peer(dangers, "words", small=True)
+    sender.sock.sendall(b"go")
+    assert read_exactly(sender.sock, 4) == b"done"
+    dangers.process.send_signal(signal.SIGSTOP)
+    arrive(dangers, peer.sock, b"last words")
+    reset(peer.sock)
+    dangers.process.send_signal(signal.SIGCONT)
+    dangers.err.wait_for("^got last words, then (ConnectionReset|BrokenPipe)Error$")
+    assert peer.end() == "was reset"
+
+
+@pytest.mark.parametrize("error", ["KeyError", "OSError", "asyncio.CancelledError", "BaseException"])
+def test_data_that_arrived_before_a_mistake_is_printed(tmp_path: Path, error: str) -> None:
+    body = f"while not client.unread():\n    await client.sleep(0.001)\nraise {error}"
+    with served(tmp_path / "unread.py", as_protocols({"unread": body})) as server:
+        peer = Peer(server, "unread")
+        peer.sock.sendall(b"the last words")
+        server.err.wait_for("^client 1 was lost .*: 20 bytes received, ")
+        server.messages("^the last words$")
+
+
 def test_a_wake_does_not_look_like_the_end_of_file(dangers: Server) -> None:
     peer, waker = Peer(dangers, "is_woken"), Peer(dangers, "wakes_others")
     for word in (b"one", b"two", b"three"):
@@ -748,7 +785,13 @@ def test_a_mistake_in_a_task_that_a_protocol_started_is_logged(dangers: Server) 
 
 
 @pytest.mark.parametrize(
-    "name", ["starts_on_a_closed_descriptor", "closes_its_descriptor", "closes_its_socket"]
+    "name",
+    [
+        "starts_on_a_closed_descriptor",
+        "closes_its_descriptor",
+        "closes_its_descriptor_and_waits",
+        "closes_its_socket",
+    ],
 )
 def test_a_new_client_gets_the_number_of_a_descriptor_that_a_protocol_closed(
     dangers: Server, name: str
@@ -827,7 +870,8 @@ def test_a_stop_serves_a_client_beside_more_clients_than_a_poll_reports(tmp_path
     if 0 <= hard < 3000:
         pytest.skip("the hard limit on open files is too low")
     number = select.FD_SETSIZE if hasattr(select, "FD_SETSIZE") else 1024
-    code = "async def busy(client):\n    while True:\n        await ready(EPOLLIN | EPOLLOUT)\n\n"
+    code = "server.READ_SIZE = 4\n"  # so that the answer needs several polls
+    code += "async def busy(client):\n    while True:\n        await ready(EPOLLIN | EPOLLOUT)\n\n"
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 3000), hard))
     try:
         with served(tmp_path / "busy.py", code, "--connections", "1100") as server:
