@@ -1114,11 +1114,12 @@ SIGNALS = {
     """,
     "forked": """
         reader, writer = os.pipe()
-        child = os.fork()
+        parent, child = os.getpid(), os.fork()
         if not child:
             os.write(writer, b"x")
-            while True:  # short sleeps: a signal just before a sleep does not interrupt it
+            while os.getppid() == parent:  # short sleeps: a signal just before one does not interrupt it
                 time.sleep(0.01)
+            os._exit(1)
         os.read(reader, 1)  # CPython forgets a signal that arrives before its fork is complete
         os.close(reader)
         os.close(writer)
