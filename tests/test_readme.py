@@ -213,6 +213,14 @@ def missing(blocks: list[Block]) -> list[str]:
     return absent
 
 
+def can_be_bound() -> bool:
+    """Return whether a socket without SO_REUSEADDR can have port 10001."""
+    with suppress(OSError), socket.socket() as sock:
+        sock.bind(("", 10001))
+        return True
+    return False
+
+
 @pytest.mark.parametrize(("title", "blocks"), [pytest.param(*each, id=each[0]) for each in sessions()])
 def test_each_session_runs_as_it_is_shown(
     title: str, blocks: list[Block], folder: Path, request: pytest.FixtureRequest
@@ -221,6 +229,10 @@ def test_each_session_runs_as_it_is_shown(
     if absent:
         pytest.skip(f"missing: {', '.join(absent)}")
     request.getfixturevalue("port_10001")
+    if (
+        title == "The core"
+    ):  # it has no SO_REUSEADDR: old connections must be forgotten, after a minute at most
+        eventually(can_be_bound, "port 10001 has no old connections", 90)
     terminals: dict[str, Terminal] = {}
     try:
         for block in blocks:
