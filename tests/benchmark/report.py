@@ -29,7 +29,7 @@ class Spread(NamedTuple):
     def show(self, form: str, factor: float = 1, whole: bool = False) -> str:
         """Return the median, or the whole spread: `5.1 (4.9-5.2)`."""
         text, lowest, highest = (format(value * factor, form) for value in self)
-        return f"{text} ({lowest}-{highest})" if whole and lowest != highest else text
+        return f"{text} ({lowest}-{highest})" if whole and self.lowest != self.highest else text
 
 
 class Column(NamedTuple):
