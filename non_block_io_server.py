@@ -95,6 +95,7 @@ FINISH_POLL = 0.01  # seconds to wait for space in a connection at shutdown
 SIGNAL_TIMEOUT = 0.1  # seconds to wait for a stop signal when standard output breaks
 MAX_TIMEOUT = 86400.0  # seconds; epoll_wait(2) accepts no timeout of more than 24 days
 NEVER = math.inf
+NOTHING = bytearray()  # one object for all clients: memory for each of them would be a megabyte for 10,000
 TCP_RTO_MAX_MS = 44  # from linux/tcp.h, since Linux 6.15
 FATAL = KeyboardInterrupt, SystemExit, MemoryError  # exceptions that end the server, from any task
 MESSAGE_TITLE = "data received..."
@@ -126,8 +127,7 @@ class Loop:
         self.epoll = epoll()
         self.tasks: dict[int, Task] = {}  # by descriptor
         self.interests: dict[int, int] = {}  # by descriptor, as epoll knows them; the oldest first
-        self.starting: dict[int, Task] = {}  # tasks that start with the next batch
-        self.woken: dict[int, None] = {}  # descriptors whose tasks are resumed after this batch
+        self.woken: dict[int, Task | None] = {}  # whose tasks are resumed after this batch; a new task
         self.timers: dict[int, float] = {}  # when to wake a task: time.monotonic()
         self.next_timer = NEVER  # no timer is due before
         self.on_end: Callable[[int, BaseException | None], None]  # gets a task's descriptor and exception
@@ -178,18 +178,17 @@ class Loop:
 
     def due(self) -> Iterable[tuple[int, int | None]]:
         """Return the woken tasks and those whose timer is due, with 0 for events, or None for a new task."""
-        now = time.monotonic() if self.timers else 0.0
-        if self.timers and now >= self.next_timer:
+        if self.timers and (now := time.monotonic()) >= self.next_timer:
             due = [descriptor for descriptor, when in self.timers.items() if when <= now]
             for descriptor in due:
                 del self.timers[descriptor]
             self.wake(due)
             self.next_timer = max(min(self.timers.values(), default=NEVER), now + TIMER_SCAN)
-        starting, self.starting = self.starting, {}
-        self.tasks.update(starting)
-        self.interests.update(dict.fromkeys(starting, 0))
         woken, self.woken = self.woken, {}  # a task that is woken again waits for the next batch
-        return [(descriptor, None if descriptor in starting else 0) for descriptor in woken]
+        for descriptor, task in woken.items():
+            if task:
+                self.tasks[descriptor], self.interests[descriptor] = task, 0
+        return [(descriptor, None if task else 0) for descriptor, task in woken.items()]
 
     def change_interest(self, descriptor: int, interest: Any) -> None:
         """Tell epoll what a task waits for.  An error is raised in the task; a second one ends it."""
@@ -221,7 +220,7 @@ class Loop:
 
     def end(self, descriptor: int, error: BaseException | None = None) -> None:
         """Forget a task that has ended, or end it, and report that to `on_end`."""
-        task = self.tasks.pop(descriptor, None) or self.starting.pop(descriptor, None)
+        task = self.tasks.pop(descriptor, None) or self.woken.pop(descriptor, None)
         if not task:
             return
         self.timers.pop(descriptor, None)
@@ -245,15 +244,15 @@ class Loop:
         """
         if not isinstance(task, types.CoroutineType):
             raise TypeError(f"a task is the call of an `async def` function, not a {type(task).__name__}")
-        if descriptor in self.tasks or descriptor in self.starting:
+        if descriptor in self.tasks or self.woken.get(descriptor):
             task.close()
             raise ValueError(f"descriptor {descriptor} already has a task")
-        self.wake([descriptor])
-        self.starting[descriptor] = task
+        self.woken[operator.index(descriptor)] = task
 
     def wake(self, descriptors: Iterable[int]) -> None:
         """Resume tasks without events after this batch, in this order.  Raises TypeError."""
-        self.woken.update(dict.fromkeys(map(operator.index, descriptors)))
+        for descriptor in descriptors:
+            self.woken.setdefault(operator.index(descriptor))
 
     def wake_at(self, when: float, descriptor: int) -> None:
         """Resume a task without events at `when` (time.monotonic()).  Raises TypeError, ValueError."""
@@ -265,9 +264,10 @@ class Loop:
 
     def close(self) -> None:
         """End all tasks, so that Python does not end them later."""
-        for task in [*self.tasks.values(), *self.starting.values()]:
-            with suppress(BaseException):
-                task.close()
+        for task in [*self.tasks.values(), *self.woken.values()]:
+            if task:
+                with suppress(BaseException):
+                    task.close()
         self.epoll.close()
 
 
@@ -296,7 +296,7 @@ class Client:
         self.seated = time.monotonic()
         self.received = self.sent = 0  # bytes
         self.at_eof = False  # the client has closed or half-closed its side
-        self.unsent: bytearray | None = None  # data that the kernel has not accepted yet
+        self.unsent = NOTHING  # data that the kernel has not accepted yet
         self.write_end = 0  # the last write() is complete when so many bytes are sent
         self.error: OSError | None = None  # why nothing more can be sent
         self.closed_by_protocol = False
@@ -309,7 +309,7 @@ class Client:
         Meanwhile, send what is queued.  Raises OSError if the connection is broken, TimeoutError after
         `timeout` seconds without data, EOFError when it is called again after the end of file.
         """
-        deadline = NEVER if timeout is None and self.is_current() else await self.set_timer(timeout)
+        deadline = await self.set_timer(timeout)
         if self.at_eof:
             await fail(EOFError("read() after the end of file"))
         while True:
@@ -328,13 +328,13 @@ class Client:
 
         Raises OSError if the connection is broken, TimeoutError after `timeout` seconds.
         """
-        deadline = NEVER if timeout is None and self.is_current() else await self.set_timer(timeout)
+        deadline = await self.set_timer(timeout)
         self.calls += 1
         if self.calls % CALLS == 0:  # a client that reads fast must not stop the others
             self.loop.wake([self.descriptor])
             await ready(self.loop.interests[self.descriptor])
         self.keep(data)
-        end = self.write_end = self.sent + len(self.unsent or b"")
+        end = self.write_end = self.sent + len(self.unsent)
         while self.sent < end and not self.error:
             if time.monotonic() >= deadline:
                 await fail(TimeoutError(f"unsent data after {timeout:g} s"))
@@ -350,7 +350,7 @@ class Client:
         disconnected.  An error is raised in the client's own task.
         """
         self.keep(data)
-        if len(self.unsent or b"") - max(0, self.write_end - self.sent) > QUEUE_LIMIT and not self.error:
+        if len(self.unsent) - max(0, self.write_end - self.sent) > QUEUE_LIMIT and not self.error:
             self.error = OSError(f"too slow: more than {QUEUE_LIMIT:,} bytes are queued")
             with suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)  # epoll reports it, whatever the task waits for
@@ -367,23 +367,19 @@ class Client:
             if time.monotonic() >= deadline:
                 return
 
-    def is_current(self) -> bool:
-        """Return whether the task that runs now is this client's own."""
-        task = self.loop.tasks.get(self.descriptor)
-        return task is not None and task.cr_running and self.sock.fileno() >= 0  # type: ignore[attr-defined]
-
     async def set_timer(self, timeout: float | None) -> float:
         """Return the time at which a wait ends, and let the loop wake the task then.
 
         Raises RuntimeError in another task, which would wait for the wrong descriptor; TypeError, ValueError.
         """
+        task: Any = self.loop.tasks.get(self.descriptor)
         try:
             if self.sock.fileno() < 0:
                 raise OSError("its protocol has closed the socket")
-            if self.descriptor not in self.loop.tasks and not self.error:
+            if not (task or self.error):
                 self.error = OSError("the server has closed the connection")
                 raise GeneratorExit  # the server ends the task: its `finally` cannot wait
-            if not self.is_current():
+            if not (task and task.cr_running):
                 raise RuntimeError(f"only its own task can wait for {self.name}: use queue() to send it data")
             if timeout is None:
                 return NEVER
@@ -443,7 +439,7 @@ class Client:
     def keep(self, data: bytes) -> None:
         """Put data behind `unsent`, then send what the kernel accepts now."""
         if not (self.error or self.closed_by_protocol):
-            self.unsent = self.unsent or bytearray()
+            self.unsent = self.unsent or bytearray()  # not NOTHING
             self.unsent += data
             self.flush()
 
@@ -1361,7 +1357,7 @@ def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> No
         attempt("wait for events", loop.run)
     except FATAL as error:
         end = error
-    if messages.failure:  # Ctrl-C may also end our reader; then the pipe breaks before we see the signal
+    if messages.failure and loop.running:  # Ctrl-C may also end our reader: the pipe breaks before the signal
         is_ready(signals, EPOLLIN, SIGNAL_TIMEOUT)
     stop(server, end if loop.running else None)
 
