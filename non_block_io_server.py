@@ -626,7 +626,12 @@ class Server:
             await client.write(b"")  # returns when everything is sent
             if not client.at_eof and not client.has_left():
                 client.closed_by_protocol = True
-                await self.linger(client)
+                # Now only half-close: a reset could discard data in transit (RFC 1122, 4.2.2.13).
+                client.sock.shutdown(socket.SHUT_WR)
+                deadline = time.monotonic() + LINGER_TIMEOUT
+                with suppress(TimeoutError):
+                    while await client.read(deadline - time.monotonic()) and time.monotonic() < deadline:
+                        pass
         except (*FATAL, GeneratorExit):
             raise
         except BaseException:  # the connection is broken, or the protocol has a fault
@@ -637,17 +642,6 @@ class Server:
                         await ready(0)
                     client.receive()
             raise
-
-    async def linger(self, client: Client) -> None:
-        """Send the end of file and read until the client's own, because closing earlier could send a reset.
-
-        A reset discards data in transit: RFC 1122, 4.2.2.13.
-        """
-        client.sock.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_TIMEOUT
-        with suppress(TimeoutError):
-            while await client.read(deadline - time.monotonic()) and time.monotonic() < deadline:
-                pass
 
     def task_ended(self, descriptor: int, error: BaseException | None) -> None:
         """Log the mistake that has ended a task; disconnect the client if it was a client's task."""
