@@ -35,6 +35,7 @@ TEST_LIMIT = 300.0  # seconds for a test, and for its fixtures; no single wait i
 REPEAT = 10.0  # seconds until a test that still hangs, for example in a `finally`, is interrupted again
 STREAM_LIMIT = 64 << 20  # bytes of one stream; no test needs as many
 MODES = [[], ["--echo"], ["--every", "0.02"]]  # options: the three protocols
+LINES = (b"x" * 63 + b"\n") * (1 << 18)
 
 # The programs run with the same settings in every environment: without warnings, and with UTF-8.
 for name in [name for name in os.environ if name.startswith("PYTHON")]:
@@ -314,6 +315,22 @@ def arrive(server: Server, client: socket.socket, data: bytes) -> None:
     """Send data to a suspended server, and wait until its kernel has received everything."""
     client.sendall(data)
     eventually(lambda: not any(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4))), "the data has arrived")
+
+
+def fill(server: Server, client: socket.socket, data: bytes = LINES) -> int:
+    """Send until the server reads no more; return a lower bound of the bytes that have arrived."""
+    client.setblocking(False)
+    sent, before = 0, -1
+    while sent > before:
+        before = sent
+        with suppress(BlockingIOError):
+            while sent < len(data):
+                sent += client.send(data[sent : sent + 65536])
+        assert sent < len(data), "the server reads endlessly"
+        server.settled()
+    client.settimeout(DEADLINE)
+    (unacknowledged,) = struct.unpack("i", fcntl.ioctl(client, termios.TIOCOUTQ, b"1234"))
+    return sent - int(unacknowledged)
 
 
 def ending(client: socket.socket) -> tuple[bytes, bool]:

@@ -300,6 +300,13 @@ def test_the_first_beat_is_sent_when_serving_starts(start: Start, wait_for: str)
     assert re.search(rf"\nstopped: .*, {wait_for} pings? sent\n", server.stop())
 
 
+def test_a_beat_after_more_than_24_days_is_too_late_for_epoll_but_not_for_the_server(start: Start) -> None:
+    server = start("--every", "1e9", "--wait-for", "1")
+    assert read_exactly(server.seat(), 4) == b"ping"
+    server.settled()
+    assert server.stop().endswith(" 1 ping sent\n")
+
+
 def test_each_beat_sends_one_ping_to_each_client(start: Start) -> None:
     server = start("--every", "0.05", "--connections", "3", "--wait-for", "2")
     one, two = server.seat(), server.seat()

@@ -8,10 +8,8 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,10 +18,11 @@ from typing import Any
 import pytest
 from conftest import (
     DEADLINE,
+    LINES,
     SERVER,
-    Server,
     Start,
     eventually,
+    fill,
     is_pings,
     read_all,
     read_exactly,
@@ -31,26 +30,15 @@ from conftest import (
 )
 from failing import Failing
 
+import non_block_io_server
+
 NUMBERS = b"".join(b"%063d\n" % number for number in range(1 << 18))
 F_SETPIPE_SZ = 1031  # from linux/fcntl.h; Python has it since 3.10
-LINES = (b"x" * 63 + b"\n") * (1 << 18)
 
 
-def fill(server: Server, client: socket.socket, data: bytes = LINES) -> int:
-    """Send until the server reads no more; return a lower bound of the arrived bytes, without newlines."""
-    client.setblocking(False)
-    sent, before = 0, -1
-    while sent > before:
-        before = sent
-        with suppress(BlockingIOError):
-            while sent < len(data):
-                sent += client.send(data[sent : sent + 65536])
-        assert sent < len(data), "the server reads endlessly"
-        server.settled()
-    client.settimeout(DEADLINE)
-    (unacknowledged,) = struct.unpack("i", fcntl.ioctl(client, termios.TIOCOUTQ, b"1234"))
-    arrived = sent - int(unacknowledged)
-    return arrived - arrived // 64
+def without_newlines(size: int) -> int:
+    """Return how many bytes of so many bytes of lines are no newlines; each line has 64 bytes."""
+    return size - size // 64
 
 
 def digits(shown: bytes) -> bytes:
@@ -66,7 +54,7 @@ def test_a_stalled_standard_output_loses_nothing_and_stalls_no_other_client(star
     writer, reader = server.seat(), server.seat()
     memory = server.status("VmRSS")
     read_exactly(writer, 100_000)
-    arrived = fill(server, writer, NUMBERS)  # after this, it neither spins nor reads
+    arrived = without_newlines(fill(server, writer, NUMBERS))  # after this, it neither spins nor reads
     assert arrived > 1_000_000
     assert server.status("VmRSS") - memory < 20_000, "kB"
     assert is_pings(read_exactly(reader, 5_000_000)), "pings continue"
@@ -121,7 +109,7 @@ def test_a_stalled_terminal_or_socket_stalls_no_client(start: Start, kind: str) 
             end.close()
     server = start(stdout=theirs)
     writer, reader = server.seat(), server.seat()
-    arrived = fill(server, writer)
+    arrived = without_newlines(fill(server, writer))
     assert is_pings(read_exactly(reader, 5_000_000)), "pings continue"
     assert os.get_blocking(theirs), "it stays blocking for other programs"
     os.close(theirs)
@@ -200,6 +188,21 @@ def test_a_full_output_reads_no_client_that_was_idle_before(
     server.out.going.set()
     server.stop()
     assert server.out.rest().count("\\x00") == 6_000_000
+
+
+def test_an_output_with_small_writes_gives_the_clients_their_turn() -> None:
+    loop, (reader, writer) = non_block_io_server.Loop(), os.pipe()
+    with open(writer, "w") as stream:
+        output = non_block_io_server.Output(loop, "standard output", stream)
+        output.write_limit = 1  # as for a terminal that cannot be opened again
+        output.write("x" * 1000)
+        output.flush()
+        assert os.read(reader, 1001) == b"x" * non_block_io_server.WRITES
+        output.flush()
+        assert os.read(reader, 1001) == b"x" * non_block_io_server.WRITES
+        output.close()
+    os.close(reader)
+    loop.close()
 
 
 def test_a_standard_output_that_epoll_cannot_watch_is_tried_again(start: Start, failing: Failing) -> None:

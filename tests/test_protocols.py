@@ -744,6 +744,14 @@ def test_data_that_arrived_before_a_mistake_is_printed(tmp_path: Path, error: st
         server.messages("^the last words$")
 
 
+def test_a_probe_does_not_start_the_protocol(dangers: Server) -> None:
+    """The first read() of a protocol that starts at the end of file would raise EOFError."""
+    dangers.process.send_signal(signal.SIGSTOP)
+    dangers.connect().close()
+    dangers.process.send_signal(signal.SIGCONT)
+    dangers.err.wait_for(r"^client \d+ left: 0 bytes received, 0 bytes sent, ")
+
+
 def test_a_wake_does_not_look_like_the_end_of_file(dangers: Server) -> None:
     peer, waker = Peer(dangers, "is_woken"), Peer(dangers, "wakes_others")
     for word in (b"one", b"two", b"three"):

@@ -185,6 +185,18 @@ def test_a_third_client_waits_for_a_free_seat(start: Start) -> None:
     assert read_exactly(second, 4) == b"ping"
 
 
+def test_a_burst_is_accepted_in_parts_and_only_while_a_seat_is_free(start: Start) -> None:
+    server = start("--connections", "30", "--trace")
+    server.process.send_signal(signal.SIGSTOP)
+    for _ in range(40):
+        server.connect()
+    server.process.send_signal(signal.SIGCONT)
+    server.err.wait_for("^serving 30 clients$")
+    server.settled()
+    parts = server.stop().split("  listener: EPOLLIN\n")[1:]
+    assert [part.count(" connected from ") for part in parts] == [16, 14]
+
+
 # ---------------------------------------------------------------- probes: clients that send nothing
 
 

@@ -23,6 +23,7 @@ from conftest import (
     arrive,
     ending,
     eventually,
+    fill,
     is_pings,
     read_all,
     read_exactly,
@@ -195,6 +196,20 @@ def test_bytes_that_arrive_during_a_stop_are_read(start: Start, failing: Failing
     server.process.send_signal(signal.SIGCONT)
     assert ending(client)[1] is False, "an end of file"
     assert re.search("\nstopped: 1 client served, 30,000 bytes received, ", server.ended(0))
+
+
+def test_data_that_an_echo_has_not_read_is_printed_when_the_server_stops(
+    start: Start, failing: Failing
+) -> None:
+    """The client does not read its echo, so its data stays in the kernel."""
+    program = failing.program("server.READ_SIZE, server.OUTPUT_LIMIT = 1000, 1000")
+    server = start("--echo", "--wait-for", "1", program=program)
+    client = server.seat(small=True)
+    arrived = fill(server, client)
+    printed = re.search(r"([\d,]+) bytes received, ", server.stop().splitlines()[-1])
+    assert printed
+    assert int(printed[1].replace(",", "")) >= arrived
+    assert server.out.rest().count("x") >= arrived - arrived // 64  # the rest are newlines
 
 
 @pytest.mark.parametrize("options", MODES)
