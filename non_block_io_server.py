@@ -1035,8 +1035,7 @@ def open_output(stream: TextIO) -> tuple[int, int, int | None]:
     # if that opens the same thing.  Major number 5 are /dev/tty and /dev/ptmx, which open another terminal.
     if is_pipe or (terminal and os.major(status.st_rdev) != 5):
         with suppress(OSError):  # another user's terminal (after su), or no /proc
-            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            return given, os.open(f"/proc/self/fd/{given}", flags), None
+            return given, os.open(f"/proc/self/fd/{given}", os.O_WRONLY | os.O_NONBLOCK), None
     return given, given, 1 if terminal else PIPE_BUF  # pipe(7)
 
 

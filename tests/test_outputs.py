@@ -107,7 +107,9 @@ def test_a_stalled_terminal_or_socket_stalls_no_client(start: Start, kind: str) 
         ours, theirs = (os.dup(end.fileno()) for end in pair)
         for end in pair:
             end.close()
-    server = start(stdout=theirs)
+    server = start(stdout=theirs, start_new_session=True)
+    state = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(") ")[2].split()
+    assert state[4] == "0", "it has no terminal from which signals come: tty_nr, proc(5)"
     writer, reader = server.seat(), server.seat()
     arrived = without_newlines(fill(server, writer))
     assert is_pings(read_exactly(reader, 5_000_000)), "pings continue"
