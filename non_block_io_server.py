@@ -115,7 +115,7 @@ def ready(interest: int) -> Generator[int, int, int]:
 
 
 async def fail(error: Exception) -> None:
-    """Raise an error in the running task, by way of the loop: see Loop.change_interest."""
+    """Raise an error in the running task, by way of the loop: it ends a task that ignores each error."""
     await ready(error)  # type: ignore[arg-type]
 
 
@@ -309,7 +309,7 @@ class Client:
         Meanwhile, send what is queued.  Raises OSError if the connection is broken, TimeoutError after
         `timeout` seconds without data, EOFError when it is called again after the end of file.
         """
-        deadline = await self.set_timer(timeout)
+        deadline = await self.begin_wait(timeout)
         if self.at_eof:
             await fail(EOFError("read() after the end of file"))
         while True:
@@ -328,7 +328,7 @@ class Client:
 
         Raises OSError if the connection is broken, TimeoutError after `timeout` seconds.
         """
-        deadline = await self.set_timer(timeout)
+        deadline = await self.begin_wait(timeout)
         self.calls += 1
         if self.calls % CALLS == 0:  # a client that reads fast must not stop the others
             self.loop.wake([self.descriptor])
@@ -359,7 +359,7 @@ class Client:
 
     async def sleep(self, seconds: float) -> None:
         """Wait and read nothing; other clients are served."""
-        deadline = await self.set_timer(seconds)
+        deadline = await self.begin_wait(seconds)
         while True:
             await ready(0)
             if self.error:
@@ -367,8 +367,8 @@ class Client:
             if time.monotonic() >= deadline:
                 return
 
-    async def set_timer(self, timeout: float | None) -> float:
-        """Return the time at which a wait ends, and let the loop wake the task then.
+    async def begin_wait(self, timeout: float | None) -> float:
+        """Let the loop wake the task after `timeout` seconds; return that time.
 
         Raises RuntimeError in another task, which would wait for the wrong descriptor; TypeError, ValueError.
         """
@@ -1072,9 +1072,7 @@ def catch_signals(loop: Loop, stack: ExitStack) -> int:
 
     def end_loop(number: int, frame: Any) -> None:
         if os.getpid() == process:
-            signal.pthread_sigmask(
-                signal.SIG_BLOCK, STOP_SIGNALS
-            )  # many could interrupt each other's handler
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # many would interrupt this handler
             loop.running = False
             with suppress(OSError):  # wakes epoll even if a library has replaced the wakeup descriptor
                 write(writer, b"\0")
