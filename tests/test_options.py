@@ -68,6 +68,8 @@ def test_the_soft_limit_on_open_files_is_raised(start: Start) -> None:
     clients = [server.seat() for _ in range(200)]
     assert read_exactly(clients[-1], 4) == b"ping"
     assert "limit" not in server.err.text
+    text = Path(f"/proc/{server.process.pid}/limits").read_text()
+    assert re.search(r"^Max open files +3\d\d +1024 ", text, re.M), "as far as the seats need it"
 
 
 @pytest.mark.parametrize("limits", [(1000, 4000), (4000, 4000)])

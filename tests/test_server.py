@@ -445,7 +445,8 @@ ADDRESSES = """
 addresses = {addresses}
 def getaddrinfo(host, port, *arguments, **options):
     assert host in (b"example.test", "example.test")
-    return [(server.socket.AF_INET, 1, 6, "", (address, port)) for address in addresses]
+    families = [server.socket.AF_INET, server.socket.AF_INET6]
+    return [(families[":" in address], 1, 6, "", (address, port)) for address in addresses]
 """
 
 
@@ -528,6 +529,12 @@ def test_each_address_of_a_host_is_tried(start: Start, failing: Failing) -> None
     first, second = server.seat(), server.seat()
     assert is_pings(read_exactly(first, 4) + read_exactly(second, 4))
     assert failing.count() == 1
+
+
+def test_the_ipv4_address_of_a_host_is_tried_first(start: Start, failing: Failing) -> None:
+    program = failing.program(ADDRESSES.format(addresses=["::1", "127.0.0.3"]) + GETADDRINFO)
+    server = start("--host", "example.test", program=program)
+    assert server.err.text.startswith("listening on 127.0.0.3:")
 
 
 def test_a_host_without_usable_address_reports_the_first_reason(failing: Failing) -> None:
