@@ -69,6 +69,12 @@ def test_a_sample_of_faults_does_no_harm() -> None:
     assert int(found[1]) < 15
 
 
+def test_a_sandbox_that_forbids_to_block_signals_ends_the_start_with_one_line() -> None:
+    result = run_tool("inject.py", "--case", "echo:rt_sigprocmask:error=EPERM:when=1")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout == "inject: 1 case, 0 not reached, 0 failures\n"
+
+
 @pytest.mark.parametrize(
     ("case", "wrong"),
     [
