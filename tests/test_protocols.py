@@ -918,6 +918,22 @@ def test_unsent_data_of_a_write_is_sent_during_a_stop_or_ends_with_a_reset(
         assert ending(silent.sock)[1]
 
 
+def test_a_protocol_that_waits_for_space_ends_with_a_reset_when_the_server_stops(tmp_path: Path) -> None:
+    """Its unsent data is its own: only its interest shows that the answer is incomplete."""
+    body = """
+        data = memoryview(bytes(8_000_000))
+        while data:
+            await ready(EPOLLOUT)
+            data = data[client.send(data):]
+    """
+    with served(tmp_path / "space.py", as_protocols({"sends": body})) as server:
+        peer = Peer(server, "sends", small=True)
+        assert read_exactly(peer.sock, 1) == b"\0"
+        server.settled()
+        server.stop()
+        assert ending(peer.sock)[1]
+
+
 @pytest.mark.parametrize("options", [["--echo"], ["--every", "0.05"], []])
 def test_the_last_of_many_senders_is_served_beside_a_slow_standard_output(
     start: Start, failing: Any, options: list[str]
