@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -23,11 +24,13 @@ from conftest import (
     arrive,
     at_once,
     ending,
+    port_of,
     read_all,
     read_exactly,
     reset,
     run,
 )
+from failing import Failing
 
 import non_block_io_server as module
 
@@ -742,6 +745,37 @@ def test_data_that_arrived_before_a_mistake_is_printed(tmp_path: Path, error: st
         peer.sock.sendall(b"the last words")
         server.err.wait_for("^client 1 was lost .*: 20 bytes received, ")
         server.messages("^the last words$")
+
+
+def test_a_failed_send_of_queued_data_ends_a_client_that_only_reads(start: Start, failing: Failing) -> None:
+    """Its connection is not broken, so epoll reports nothing."""
+    program = failing.program(
+        "async def chat(client):\n"
+        "    while data := await client.read():\n"
+        "        for other in client.server.clients.values():\n"
+        "            other.queue(data)\n"
+        "serve = server.main\n"
+        "server.main = lambda: serve(protocol=chat)"
+    )
+    server = start("--wait-for", "1", program=program)
+    talker, listener = server.seat(), server.seat()
+    failing.fail("write", errno.ENOBUFS, f"client {port_of(listener)}")
+    talker.sendall(b"hello")
+    assert ending(listener) == (b"", True)
+    server.err.wait_for(r"^client 2 was lost \(No buffer space available\): 0 bytes received, ")
+    assert read_exactly(talker, 5) == b"hello"
+
+
+def test_a_client_gets_the_end_of_file_before_its_own(tmp_path: Path) -> None:
+    code = "server.LINGER_TIMEOUT = 1000.0  # longer than any test\n"
+    body = "await client.write(b'bye')"
+    with served(tmp_path / "bye.py", code + as_protocols({"leaves": body})) as server:
+        peer = Peer(server, "leaves")
+        assert read_all(peer.sock) == b"bye"
+        server.settled()
+        assert "client 1 was" not in server.err.text
+        peer.sock.close()
+        assert peer.end() == "was closed by its protocol"
 
 
 def test_a_probe_does_not_start_the_protocol(dangers: Server) -> None:
