@@ -112,8 +112,7 @@ class Conversation:
         self.connection, self.input = connection, Input()
         self.dialogue = Dialogue(connection)
         self.signalled = False
-        self.ending = False  # no more input is read, and no more answers are written
-        self.deadline = NEVER
+        self.deadline = NEVER  # set when the conversation must end
         self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
@@ -144,7 +143,7 @@ class Conversation:
         connection, dialogue = self.connection, self.dialogue
         output, errors = dialogue.output, dialogue.errors
         while not connection.at_eof or output.unwritten or errors.unwritten:
-            now, due = time.monotonic(), NEVER if self.ending else dialogue.due()
+            now, due = time.monotonic(), dialogue.due() if self.deadline == NEVER else NEVER
             if now >= self.deadline:
                 break
             if now >= due:
@@ -156,7 +155,8 @@ class Conversation:
             if self.input.descriptor in readable and not connection.input_ended:  # a signal may have ended it
                 chunk = self.input.read()
                 if chunk is not None:
-                    connection.send_input(chunk)
+                    connection.queue(chunk)
+                    connection.send()
                     dialogue.note_input(chunk)
             if connection.sock in writable:
                 connection.send()
@@ -189,9 +189,8 @@ class Conversation:
 
     def end(self) -> None:
         """Read no more input, write no more answers, and set the deadline."""
-        if not self.ending:
-            self.ending, self.deadline = True, time.monotonic() + GRACE
-            self.connection.end_input()
+        self.deadline = min(self.deadline, time.monotonic() + GRACE)
+        self.connection.queue(b"")
 
     def close(self) -> None:
         """Close the sockets, and ignore later signals: the exit status is known."""
@@ -226,10 +225,9 @@ class Connection:
         self.parser = PingParser()
         self.failure = ""  # why the conversation is incomplete
 
-    def send_input(self, chunk: bytes) -> None:
-        """Send as much as fits of the next chunk; b"" is the end of the input."""
-        self.unsent, self.input_ended = memoryview(chunk), self.input_ended or not chunk
-        self.send()
+    def queue(self, chunk: bytes) -> None:
+        """Queue the next chunk, when nothing is unsent; b"" is the end of the input, at any time."""
+        self.unsent, self.input_ended = self.unsent or memoryview(chunk), self.input_ended or not chunk
 
     def send(self) -> None:
         """Send as much as fits of `unsent`.  After the last byte, send our end of file."""
@@ -245,10 +243,6 @@ class Connection:
             pass
         except OSError as error:  # data that arrived before a reset can still be received
             self.fail(broken(error))
-
-    def end_input(self) -> None:
-        """Send only what is unsent, and then our end of file."""
-        self.input_ended = True
 
     def receive(self) -> bytes:
         """Receive a chunk and count its pings; return the bytes to show."""
