@@ -37,11 +37,8 @@ import stat
 import struct
 import sys
 import time
-from contextlib import closing, suppress
-
-TYPE_CHECKING = False  # as in typing, whose import would make the start slower
-if TYPE_CHECKING:
-    from typing import Any
+from contextlib import suppress
+from typing import Any
 
 HOST, PORT = "127.0.0.1", 10001
 SIZE = 256 * 1024  # bytes of one chunk
@@ -114,15 +111,14 @@ class Conversation:
         self.signalled = False
         self.deadline = NEVER  # set when the conversation must end
         self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
+
+    def run(self) -> int:
+        """Handle signals, exchange data, and write the summary; return the exit status."""
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
         handle_stop_signals(self.stop)
         if self.dialogue.interactive:
             signal.signal(signal.SIGCONT, self.dialogue.resume)
-            self.dialogue.answer()  # the first prompt
-
-    def run(self) -> int:
-        """Exchange data and write the summary; return the exit status."""
         self.exchange()
         connection, output = self.connection, self.dialogue.output
         self.dialogue.show(connection.parser.held, final=True)  # the end has cut this ping
@@ -136,6 +132,7 @@ class Conversation:
         summary = "; ".join(filter(None, [connection.failure, connection.summary(), lost]))
         self.dialogue.finish(f"{summary}\n", self.signalled)
         self.exchange()  # the same loop, now only until the summary is written
+        handle_stop_signals(signal.SIG_IGN)  # the exit status is known
         return 1 if connection.failure else 0
 
     def exchange(self) -> None:
@@ -191,12 +188,6 @@ class Conversation:
         """Read no more input, write no more answers, and set the deadline."""
         self.deadline = min(self.deadline, time.monotonic() + GRACE)
         self.connection.queue(b"")
-
-    def close(self) -> None:
-        """Close the sockets, and ignore later signals: the exit status is known."""
-        handle_stop_signals(signal.SIG_IGN)
-        self.wakeup.close()
-        self.wakeup_writer.close()
 
 
 def handle_stop_signals(handler: Any) -> None:
@@ -329,7 +320,7 @@ class Dialogue:
         self.row = ""  # content of the terminal's last row: nothing, PROMPT or DATA
         self.asked = False  # the last line that the user has typed has no answer
         self.silence_reported = False
-        self.idle_since = time.monotonic()  # the time of the last input or shown data, or of the start
+        self.idle_since = time.monotonic() - QUIET  # the last input or shown data; the first prompt is due
 
     def note_input(self, chunk: bytes) -> None:
         """Note a chunk that was read from standard input."""
@@ -526,15 +517,6 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def open_standard_streams() -> None:
-    """Open /dev/null as each closed standard stream, so that the socket does not become one."""
-    for descriptor in 0, 1, 2:
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
-
-
 def main() -> int:
     """Connect and run one conversation; return the exit status."""
     handle_stop_signals(signal.SIG_DFL)  # until there is a connection, a signal ends the program
@@ -546,12 +528,16 @@ def main() -> int:
     messages = b"".join(os.fsencode(message) + b"\n" for message in options.message)
     task = f"open {os.devnull}"
     try:
-        open_standard_streams()
+        for stream in sys.stdin, sys.stdout, sys.stderr:
+            if stream is None:  # its descriptor is closed: the socket must not get its number
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         task = f"connect to {options.host}, port {options.port}"
         sock = connect(options.host, options.port)
         task = "continue"
-        with sock, closing(Conversation(Connection(sock, messages, options.raw))) as conversation:
-            return conversation.run()
+        with sock:
+            conversation = Conversation(Connection(sock, messages, options.raw))
+            with conversation.wakeup, conversation.wakeup_writer:
+                return conversation.run()
     except (OSError, MemoryError, ValueError) as error:  # ValueError: select(2) has a limit of 1,023
         hint = "; is the server running?" if isinstance(error, ConnectionRefusedError) else ""
         sys.exit(f"cannot {task}: {reason(error)}{hint}")
