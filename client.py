@@ -9,7 +9,7 @@ waits with select(2), which every system has.  Conversation.exchange is the loop
     data from standard input         nothing is unsent          Input.read and Connection.send_input
     space in the connection          a chunk is unsent          Connection.send
     data from the connection         everything is written      Connection.receive and Dialogue.show
-    space in standard output         a chunk is unwritten       Output.flush
+    space in standard output         a chunk is unwritten       Output.write
     the time of an answer            the user gets one          Dialogue.answer
     a signal                         always                     Conversation.stop, which sets a deadline
 
@@ -57,13 +57,13 @@ SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another cli
 
 # These draw nothing, but are harmless: spaces, and the joiners of Persian words and emoji families.
 BLANK = "\t\n \xa0\u1680\u2000-\u200a\u202f\u205f\u3000\u200c\u200d"
-# A run of other characters than these and printable ASCII.  U+FE0F after a visible character belongs to
-# no run, because it selects the form of an emoji.
-UNUSUAL = re.compile(f"[^!-~{BLANK}](?<![^{BLANK}\ufe0f]\ufe0f)[^!-~{BLANK}\ufe0f]*")
+UNUSUAL = re.compile(f"[^!-~{BLANK}]+")  # neither blank nor printable ASCII
+# U+FE0F selects the form of an emoji.  Behind any other character than a visible one, it is lone.
+LONE_SELECTOR = re.compile(f"\ufe0f(?<=[{BLANK}\ufe0f]\ufe0f)")
 # The characters that draw nothing although str.isprintable() accepts them: U+034F, fillers, Khmer inherent
 # vowels, variation selectors
 INVISIBLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]+"
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0e\uffa0\U000e0100-\U000e01ef]+"
 )
 
 WINDOWS = sys.platform == "win32"  # select(2) accepts only sockets there
@@ -159,8 +159,8 @@ class Conversation:
                 connection.send()
             if connection.sock in readable:
                 dialogue.show(connection.receive())
-            output.flush()
-            errors.flush()
+            output.write()
+            errors.write()
             if output.failure:
                 self.end()
 
@@ -276,14 +276,12 @@ class PingParser:
     A byte stream has no message boundaries.  `ping` counts at the start of the stream, after
     another ping, or after a newline.  After any other byte, nothing counts until the next newline,
     not even the `ping` in the echo of `shopping`.
-
-    A regular expression removes the pings after each newline.  Between two chunks the parser
-    remembers whether a newline is needed first (`in_line`), and holds back the first bytes of a
-    ping that the end of the chunk has cut.
     """
 
     def __init__(self) -> None:
-        self.pings, self.in_line, self.held = 0, False, b""
+        self.pings = 0
+        self.in_line = False  # nothing counts until the next newline
+        self.held = b""  # the first bytes of a ping that the end of the chunk has cut
 
     def feed(self, chunk: bytes) -> bytes:
         """Count the pings in the next bytes of the stream; return the other bytes."""
@@ -360,12 +358,9 @@ class Dialogue:
             text = f"{count(pings, 'ping')} so far\n"
         if self.is_silent():
             text, self.silence_reported = text + SILENCE_NOTICE, True
-        if self.interactive and not self.connection.input_ended:
-            text += PROMPT
-        if self.row:
-            text = "\n" + text
-        self.row, self.asked = PROMPT if text.endswith(PROMPT) else "", False
-        self.screen.write(text.encode())  # last, because resume() may change the row at any time
+        prompt = PROMPT if self.interactive and not self.connection.input_ended else ""
+        self.row, self.asked = prompt, False
+        self.screen.write((text + prompt).encode())  # last, because resume() may change the row at any time
 
     def resume(self, number: int, frame: Any) -> None:
         """Handle SIGCONT after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
@@ -429,14 +424,10 @@ class Output:
             if os.get_blocking(self.descriptor):
                 self.limit = 1 if os.isatty(descriptor) else select.PIPE_BUF
 
-    def write(self, data: bytes) -> None:
-        """Write as much as fits.  After an error, discard everything."""
-        if not self.failure:
+    def write(self, data: bytes = b"") -> None:
+        """Write as much as fits of the unwritten and the new data.  After an error, discard everything."""
+        if data and not self.failure:
             self.unwritten = memoryview(bytes(self.unwritten) + data)  # no copy if nothing is unwritten
-            self.flush()
-
-    def flush(self) -> None:
-        """Write as much of `unwritten` as fits, in at most WRITES writes."""
         try:
             for _ in range(WRITES):
                 if not self.unwritten or (self.limit and not select.select([], [self.descriptor], [], 0)[1]):
@@ -468,22 +459,18 @@ class TerminalText:
     def __init__(self) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.decoder = io.IncrementalNewlineDecoder(decoder, translate=False)  # never splits CR LF
-        self.last = " "  # the last shown character, because a U+FE0F may follow
+        self.last = " "  # the last shown character, because U+FE0F may follow
 
     def feed(self, data: bytes, final: bool) -> str:
         """Return the text of the next bytes, escaped.  CR LF ends a line like LF."""
         text = self.last + self.decoder.decode(data, final).replace("\r\n", "\n")
-        text = UNUSUAL.sub(escape, text)
-        self.last = text[-1].replace("\ufe0f", " ")  # only one U+FE0F may follow a character
+        text = UNUSUAL.sub(escape, LONE_SELECTOR.sub(r"\\ufe0f", text))
+        self.last = text[-1]
         return text[1:]
 
 
 def escape(found: re.Match[str]) -> str:
-    """Return a run of characters; escape those that could harm or mislead: `\\x1b`, `\\u202e`.
-
-    They are controls, line separators, invisible characters, and characters that change the order
-    of others.
-    """
+    """Return a run of characters; escape those that could harm or mislead: `\\x1b`, `\\u202e`."""
     text = repr(found[0])[1:-1].replace("\\r", "\\x0d")  # repr() escapes what is not printable
     return INVISIBLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
