@@ -6,7 +6,7 @@ waits with select(2), which every system has.  Conversation.exchange is the loop
 
     it waits for                     while                      and then calls
     -------------------------------  -------------------------  ---------------------------------------
-    data from standard input         nothing is unsent          Input.read and Connection.send_input
+    data from standard input         nothing is unsent          Input.read and Connection.queue
     space in the connection          a chunk is unsent          Connection.send
     data from the connection         everything is written      Connection.receive and Dialogue.show
     space in standard output         a chunk is unwritten       Output.write
@@ -58,10 +58,10 @@ SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another cli
 # These draw nothing, but are harmless: spaces, and the joiners of Persian words and emoji families.
 BLANK = "\t\n \xa0\u1680\u2000-\u200a\u202f\u205f\u3000\u200c\u200d"
 UNUSUAL = re.compile(f"[^!-~{BLANK}]+")  # neither blank nor printable ASCII
-# U+FE0F selects the form of an emoji.  Behind any other character than a visible one, it is lone.
+# U+FE0F selects the form of the visible character before it.  A lone one follows no visible character.
 LONE_SELECTOR = re.compile(f"\ufe0f(?<=[{BLANK}\ufe0f]\ufe0f)")
-# The characters that draw nothing although str.isprintable() accepts them: U+034F, fillers, Khmer inherent
-# vowels, variation selectors
+# These draw nothing, although str.isprintable() accepts them: U+034F, fillers, Khmer inherent vowels,
+# variation selectors.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0e\uffa0\U000e0100-\U000e01ef]+"
 )
@@ -109,8 +109,8 @@ class Conversation:
         self.connection, self.input = connection, Input()
         self.dialogue = Dialogue(connection)
         self.signalled = False
-        self.deadline = NEVER  # set when the conversation must end
-        self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
+        self.deadline = NEVER  # the time when the conversation must end
+        self.wakeup, self.wakeup_writer = socket.socketpair()  # Python sends a byte at a signal
 
     def run(self) -> int:
         """Handle signals, exchange data, and write the summary; return the exit status."""
@@ -217,8 +217,10 @@ class Connection:
         self.failure = ""  # why the conversation is incomplete
 
     def queue(self, chunk: bytes) -> None:
-        """Queue the next chunk, when nothing is unsent; b"" is the end of the input, at any time."""
-        self.unsent, self.input_ended = self.unsent or memoryview(chunk), self.input_ended or not chunk
+        """Queue a chunk if nothing is unsent.  At any time, b"" ends the input."""
+        self.unsent = self.unsent or memoryview(chunk)
+        if not chunk:  # no assignment of False, because a signal may have ended the input
+            self.input_ended = True
 
     def send(self) -> None:
         """Send as much as fits of `unsent`.  After the last byte, send our end of file."""
@@ -318,7 +320,7 @@ class Dialogue:
         self.row = ""  # content of the terminal's last row: nothing, PROMPT or DATA
         self.asked = False  # the last line that the user has typed has no answer
         self.silence_reported = False
-        self.idle_since = time.monotonic() - QUIET  # the last input or shown data; the first prompt is due
+        self.idle_since = time.monotonic() - QUIET  # the last input or shown data; at first, a prompt is due
 
     def note_input(self, chunk: bytes) -> None:
         """Note a chunk that was read from standard input."""
@@ -406,11 +408,11 @@ class Input:
 
 
 class Output:
-    """Standard output or standard error.  A write never waits: the rest stays unwritten.
+    """Standard output or standard error.  Data that does not fit stays unwritten.
 
-    A write that does not fit waits, even if select has reported the descriptor as writable, unless
-    the output can be opened again.  If it cannot, a write has at most PIPE_BUF bytes (pipe(7)), and
-    one byte on a terminal.
+    os.write() waits if not all data fits, even after select has reported the descriptor as writable.
+    So the output is opened again without blocking.  If that is impossible, a write has at most
+    PIPE_BUF bytes (pipe(7)), and one byte on a terminal.
     """
 
     def __init__(self, descriptor: int) -> None:
