@@ -58,12 +58,11 @@ SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another cli
 # These draw nothing, but are harmless: spaces, and the joiners of Persian words and emoji families.
 BLANK = "\t\n \xa0\u1680\u2000-\u200a\u202f\u205f\u3000\u200c\u200d"
 UNUSUAL = re.compile(f"[^!-~{BLANK}]+")  # neither blank nor printable ASCII
-# U+FE0F selects the form of the visible character before it.  A lone one follows no visible character.
-LONE_SELECTOR = re.compile(f"\ufe0f(?<=[{BLANK}\ufe0f]\ufe0f)")
 # These draw nothing, although str.isprintable() accepts them: U+034F, fillers, Khmer inherent vowels,
-# variation selectors.
+# variation selectors.  After a visible character, U+FE0F selects the form of an emoji and is harmless.
 INVISIBLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0e\uffa0\U000e0100-\U000e01ef]+"
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+    f"(?<![^{BLANK}\ufe0f]\ufe0f)"
 )
 
 WINDOWS = sys.platform == "win32"  # select(2) accepts only sockets there
@@ -464,17 +463,12 @@ class TerminalText:
         self.last = " "  # the last shown character, because U+FE0F may follow
 
     def feed(self, data: bytes, final: bool) -> str:
-        """Return the text of the next bytes, escaped.  CR LF ends a line like LF."""
-        text = self.last + self.decoder.decode(data, final).replace("\r\n", "\n")
-        text = UNUSUAL.sub(escape, LONE_SELECTOR.sub(r"\\ufe0f", text))
-        self.last = text[-1]
+        """Return the text of the next bytes; escape what could harm or mislead: `\\x1b`, `\\u202e`."""
+        text = self.decoder.decode(data, final).replace("\r\n", "\n").replace("\r", "\\x0d")
+        text = INVISIBLE.sub(lambda found: ascii(found[0])[1:-1], self.last + text)
+        text = UNUSUAL.sub(lambda found: repr(found[0])[1:-1], text)  # escapes what is not printable
+        self.last = text[-1].replace("\ufe0f", " ")  # only one U+FE0F may follow a character
         return text[1:]
-
-
-def escape(found: re.Match[str]) -> str:
-    """Return a run of characters; escape those that could harm or mislead: `\\x1b`, `\\u202e`."""
-    text = repr(found[0])[1:-1].replace("\\r", "\\x0d")  # repr() escapes what is not printable
-    return INVISIBLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 # -------------------------------------------------------------------- the command line
