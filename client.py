@@ -57,7 +57,7 @@ SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another cli
 
 # These draw nothing, but are harmless: spaces, and the joiners of Persian words and emoji families.
 BLANK = "\t\n \xa0\u1680\u2000-\u200a\u202f\u205f\u3000\u200c\u200d"
-UNUSUAL = re.compile(f"[^!-~{BLANK}]+")  # neither blank nor printable ASCII
+UNUSUAL = re.compile(f"[^!-~{BLANK}][^!-~{BLANK}]*")  # neither these nor printable ASCII; xx* is faster than x+
 # These draw nothing, although str.isprintable() accepts them: U+034F, fillers, Khmer inherent vowels,
 # variation selectors.  After a visible character, U+FE0F selects the form of an emoji and is harmless.
 INVISIBLE = re.compile(
@@ -465,7 +465,9 @@ class TerminalText:
     def feed(self, data: bytes, final: bool) -> str:
         """Return the text of the next bytes; escape what could harm or mislead: `\\x1b`, `\\u202e`."""
         text = self.decoder.decode(data, final).replace("\r\n", "\n").replace("\r", "\\x0d")
-        text = INVISIBLE.sub(lambda found: ascii(found[0])[1:-1], self.last + text)
+        text = self.last + text
+        if not text.isascii():  # else it finds nothing
+            text = INVISIBLE.sub(lambda found: ascii(found[0])[1:-1], text)
         text = UNUSUAL.sub(lambda found: repr(found[0])[1:-1], text)  # escapes what is not printable
         self.last = text[-1].replace("\ufe0f", " ")  # only one U+FE0F may follow a character
         return text[1:]
