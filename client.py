@@ -57,7 +57,7 @@ SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another cli
 
 # These draw nothing, but are harmless: spaces, and the joiners of Persian words and emoji families.
 BLANK = "\t\n \xa0\u1680\u2000-\u200a\u202f\u205f\u3000\u200c\u200d"
-UNUSUAL = re.compile(f"[^!-~{BLANK}][^!-~{BLANK}]*")  # neither these nor printable ASCII; xx* is faster than x+
+UNUSUAL = re.compile(f"[^!-~{BLANK}][^!-~{BLANK}]*")  # neither these nor printable ASCII (x+ is slower)
 # These draw nothing, although str.isprintable() accepts them: U+034F, fillers, Khmer inherent vowels,
 # variation selectors.  After a visible character, U+FE0F selects the form of an emoji and is harmless.
 INVISIBLE = re.compile(
@@ -218,7 +218,7 @@ class Connection:
     def queue(self, chunk: bytes) -> None:
         """Queue a chunk if nothing is unsent.  At any time, b"" ends the input."""
         self.unsent = self.unsent or memoryview(chunk)
-        if not chunk:  # no assignment of False, because a signal may have ended the input
+        if not chunk:  # else leave it, because a signal may have ended the input
             self.input_ended = True
 
     def send(self) -> None:
@@ -514,7 +514,7 @@ def main() -> int:
     task = f"open {os.devnull}"
     try:
         for stream in sys.stdin, sys.stdout, sys.stderr:
-            if stream is None:  # its descriptor is closed: the socket must not get its number
+            if stream is None:  # its descriptor is closed, and the socket must not get that number
                 os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         task = f"connect to {options.host}, port {options.port}"
         sock = connect(options.host, options.port)
