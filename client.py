@@ -6,10 +6,10 @@ waits with select(2), which every system has.  Conversation.exchange is the loop
 
     it waits for                     while                      and then calls
     -------------------------------  -------------------------  ---------------------------------------
-    data from standard input         nothing is unsent          Input.read and Connection.send_input
+    data from standard input         nothing is unsent          Input.read and Connection.queue
     space in the connection          a chunk is unsent          Connection.send
     data from the connection         everything is written      Connection.receive and Dialogue.show
-    space in standard output         a chunk is unwritten       Output.flush
+    space in standard output         a chunk is unwritten       Output.write
     the time of an answer            the user gets one          Dialogue.answer
     a signal                         always                     Conversation.stop, which sets a deadline
 
@@ -37,11 +37,8 @@ import stat
 import struct
 import sys
 import time
-from contextlib import closing, suppress
-
-TYPE_CHECKING = False  # as in typing, whose import would make the start slower
-if TYPE_CHECKING:
-    from typing import Any
+from contextlib import suppress
+from typing import Any
 
 HOST, PORT = "127.0.0.1", 10001
 SIZE = 256 * 1024  # bytes of one chunk
@@ -60,13 +57,12 @@ SILENCE_NOTICE = "nothing from the server yet: it may be waiting for another cli
 
 # These draw nothing, but are harmless: spaces, and the joiners of Persian words and emoji families.
 BLANK = "\t\n \xa0\u1680\u2000-\u200a\u202f\u205f\u3000\u200c\u200d"
-# A run of other characters than these and printable ASCII.  U+FE0F after a visible character belongs to
-# no run, because it selects the form of an emoji.
-UNUSUAL = re.compile(f"[^!-~{BLANK}](?<![^{BLANK}\ufe0f]\ufe0f)[^!-~{BLANK}\ufe0f]*")
-# The characters that draw nothing although str.isprintable() accepts them: U+034F, fillers, Khmer inherent
-# vowels, variation selectors
+UNUSUAL = re.compile(f"[^!-~{BLANK}][^!-~{BLANK}]*")  # neither these nor printable ASCII (x+ is slower)
+# These draw nothing, although str.isprintable() accepts them: U+034F, fillers, Khmer inherent vowels,
+# variation selectors.  After a visible character, U+FE0F selects the form of an emoji and is harmless.
 INVISIBLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]+"
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+    f"(?<![^{BLANK}\ufe0f]\ufe0f)"
 )
 
 WINDOWS = sys.platform == "win32"  # select(2) accepts only sockets there
@@ -112,18 +108,16 @@ class Conversation:
         self.connection, self.input = connection, Input()
         self.dialogue = Dialogue(connection)
         self.signalled = False
-        self.ending = False  # no more input is read, and no more answers are written
-        self.deadline = NEVER
-        self.wakeup, self.wakeup_writer = socket.socketpair()  # Python writes a byte there at a signal
+        self.deadline = NEVER  # the time when the conversation must end
+        self.wakeup, self.wakeup_writer = socket.socketpair()  # Python sends a byte at a signal
+
+    def run(self) -> int:
+        """Handle signals, exchange data, and write the summary; return the exit status."""
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
         handle_stop_signals(self.stop)
         if self.dialogue.interactive:
             signal.signal(signal.SIGCONT, self.dialogue.resume)
-            self.dialogue.answer()  # the first prompt
-
-    def run(self) -> int:
-        """Exchange data and write the summary; return the exit status."""
         self.exchange()
         connection, output = self.connection, self.dialogue.output
         self.dialogue.show(connection.parser.held, final=True)  # the end has cut this ping
@@ -137,6 +131,7 @@ class Conversation:
         summary = "; ".join(filter(None, [connection.failure, connection.summary(), lost]))
         self.dialogue.finish(f"{summary}\n", self.signalled)
         self.exchange()  # the same loop, now only until the summary is written
+        handle_stop_signals(signal.SIG_IGN)  # the exit status is known
         return 1 if connection.failure else 0
 
     def exchange(self) -> None:
@@ -144,7 +139,7 @@ class Conversation:
         connection, dialogue = self.connection, self.dialogue
         output, errors = dialogue.output, dialogue.errors
         while not connection.at_eof or output.unwritten or errors.unwritten:
-            now, due = time.monotonic(), NEVER if self.ending else dialogue.due()
+            now, due = time.monotonic(), dialogue.due() if self.deadline == NEVER else NEVER
             if now >= self.deadline:
                 break
             if now >= due:
@@ -156,14 +151,15 @@ class Conversation:
             if self.input.descriptor in readable and not connection.input_ended:  # a signal may have ended it
                 chunk = self.input.read()
                 if chunk is not None:
-                    connection.send_input(chunk)
+                    connection.queue(chunk)
+                    connection.send()
                     dialogue.note_input(chunk)
             if connection.sock in writable:
                 connection.send()
             if connection.sock in readable:
                 dialogue.show(connection.receive())
-            output.flush()
-            errors.flush()
+            output.write()
+            errors.write()
             if output.failure:
                 self.end()
 
@@ -189,15 +185,8 @@ class Conversation:
 
     def end(self) -> None:
         """Read no more input, write no more answers, and set the deadline."""
-        if not self.ending:
-            self.ending, self.deadline = True, time.monotonic() + GRACE
-            self.connection.end_input()
-
-    def close(self) -> None:
-        """Close the sockets, and ignore later signals: the exit status is known."""
-        handle_stop_signals(signal.SIG_IGN)
-        self.wakeup.close()
-        self.wakeup_writer.close()
+        self.deadline = min(self.deadline, time.monotonic() + GRACE)
+        self.connection.queue(b"")
 
 
 def handle_stop_signals(handler: Any) -> None:
@@ -226,10 +215,11 @@ class Connection:
         self.parser = PingParser()
         self.failure = ""  # why the conversation is incomplete
 
-    def send_input(self, chunk: bytes) -> None:
-        """Send as much as fits of the next chunk; b"" is the end of the input."""
-        self.unsent, self.input_ended = memoryview(chunk), self.input_ended or not chunk
-        self.send()
+    def queue(self, chunk: bytes) -> None:
+        """Queue a chunk if nothing is unsent.  At any time, b"" ends the input."""
+        self.unsent = self.unsent or memoryview(chunk)
+        if not chunk:  # else leave it, because a signal may have ended the input
+            self.input_ended = True
 
     def send(self) -> None:
         """Send as much as fits of `unsent`.  After the last byte, send our end of file."""
@@ -245,10 +235,6 @@ class Connection:
             pass
         except OSError as error:  # data that arrived before a reset can still be received
             self.fail(broken(error))
-
-    def end_input(self) -> None:
-        """Send only what is unsent, and then our end of file."""
-        self.input_ended = True
 
     def receive(self) -> bytes:
         """Receive a chunk and count its pings; return the bytes to show."""
@@ -291,14 +277,12 @@ class PingParser:
     A byte stream has no message boundaries.  `ping` counts at the start of the stream, after
     another ping, or after a newline.  After any other byte, nothing counts until the next newline,
     not even the `ping` in the echo of `shopping`.
-
-    A regular expression removes the pings after each newline.  Between two chunks the parser
-    remembers whether a newline is needed first (`in_line`), and holds back the first bytes of a
-    ping that the end of the chunk has cut.
     """
 
     def __init__(self) -> None:
-        self.pings, self.in_line, self.held = 0, False, b""
+        self.pings = 0
+        self.in_line = False  # nothing counts until the next newline
+        self.held = b""  # the first bytes of a ping that the end of the chunk has cut
 
     def feed(self, chunk: bytes) -> bytes:
         """Count the pings in the next bytes of the stream; return the other bytes."""
@@ -335,7 +319,7 @@ class Dialogue:
         self.row = ""  # content of the terminal's last row: nothing, PROMPT or DATA
         self.asked = False  # the last line that the user has typed has no answer
         self.silence_reported = False
-        self.idle_since = time.monotonic()  # the time of the last input or shown data, or of the start
+        self.idle_since = time.monotonic() - QUIET  # the last input or shown data; at first, a prompt is due
 
     def note_input(self, chunk: bytes) -> None:
         """Note a chunk that was read from standard input."""
@@ -375,12 +359,9 @@ class Dialogue:
             text = f"{count(pings, 'ping')} so far\n"
         if self.is_silent():
             text, self.silence_reported = text + SILENCE_NOTICE, True
-        if self.interactive and not self.connection.input_ended:
-            text += PROMPT
-        if self.row:
-            text = "\n" + text
-        self.row, self.asked = PROMPT if text.endswith(PROMPT) else "", False
-        self.screen.write(text.encode())  # last, because resume() may change the row at any time
+        prompt = PROMPT if self.interactive and not self.connection.input_ended else ""
+        self.row, self.asked = prompt, False
+        self.screen.write((text + prompt).encode())  # last, because resume() may change the row at any time
 
     def resume(self, number: int, frame: Any) -> None:
         """Handle SIGCONT after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
@@ -426,11 +407,11 @@ class Input:
 
 
 class Output:
-    """Standard output or standard error.  A write never waits: the rest stays unwritten.
+    """Standard output or standard error.  Data that does not fit stays unwritten.
 
-    A write that does not fit waits, even if select has reported the descriptor as writable, unless
-    the output can be opened again.  If it cannot, a write has at most PIPE_BUF bytes (pipe(7)), and
-    one byte on a terminal.
+    os.write() waits if not all data fits, even after select has reported the descriptor as writable.
+    So the output is opened again without blocking.  If that is impossible, a write has at most
+    PIPE_BUF bytes (pipe(7)), and one byte on a terminal.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -444,14 +425,10 @@ class Output:
             if os.get_blocking(self.descriptor):
                 self.limit = 1 if os.isatty(descriptor) else select.PIPE_BUF
 
-    def write(self, data: bytes) -> None:
-        """Write as much as fits.  After an error, discard everything."""
-        if not self.failure:
+    def write(self, data: bytes = b"") -> None:
+        """Write as much as fits of the unwritten and the new data.  After an error, discard everything."""
+        if data and not self.failure:
             self.unwritten = memoryview(bytes(self.unwritten) + data)  # no copy if nothing is unwritten
-            self.flush()
-
-    def flush(self) -> None:
-        """Write as much of `unwritten` as fits, in at most WRITES writes."""
         try:
             for _ in range(WRITES):
                 if not self.unwritten or (self.limit and not select.select([], [self.descriptor], [], 0)[1]):
@@ -483,24 +460,17 @@ class TerminalText:
     def __init__(self) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.decoder = io.IncrementalNewlineDecoder(decoder, translate=False)  # never splits CR LF
-        self.last = " "  # the last shown character, because a U+FE0F may follow
+        self.last = " "  # the last shown character, because U+FE0F may follow
 
     def feed(self, data: bytes, final: bool) -> str:
-        """Return the text of the next bytes, escaped.  CR LF ends a line like LF."""
-        text = self.last + self.decoder.decode(data, final).replace("\r\n", "\n")
-        text = UNUSUAL.sub(escape, text)
+        """Return the text of the next bytes; escape what could harm or mislead: `\\x1b`, `\\u202e`."""
+        text = self.decoder.decode(data, final).replace("\r\n", "\n").replace("\r", "\\x0d")
+        text = self.last + text
+        if not text.isascii():  # else it finds nothing
+            text = INVISIBLE.sub(lambda found: ascii(found[0])[1:-1], text)
+        text = UNUSUAL.sub(lambda found: repr(found[0])[1:-1], text)  # escapes what is not printable
         self.last = text[-1].replace("\ufe0f", " ")  # only one U+FE0F may follow a character
         return text[1:]
-
-
-def escape(found: re.Match[str]) -> str:
-    """Return a run of characters; escape those that could harm or mislead: `\\x1b`, `\\u202e`.
-
-    They are controls, line separators, invisible characters, and characters that change the order
-    of others.
-    """
-    text = repr(found[0])[1:-1].replace("\\r", "\\x0d")  # repr() escapes what is not printable
-    return INVISIBLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 # -------------------------------------------------------------------- the command line
@@ -532,15 +502,6 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def open_standard_streams() -> None:
-    """Open /dev/null as each closed standard stream, so that the socket does not become one."""
-    for descriptor in 0, 1, 2:
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
-
-
 def main() -> int:
     """Connect and run one conversation; return the exit status."""
     handle_stop_signals(signal.SIG_DFL)  # until there is a connection, a signal ends the program
@@ -552,12 +513,16 @@ def main() -> int:
     messages = b"".join(os.fsencode(message) + b"\n" for message in options.message)
     task = f"open {os.devnull}"
     try:
-        open_standard_streams()
+        for stream in sys.stdin, sys.stdout, sys.stderr:
+            if stream is None:  # its descriptor is closed, and the socket must not get that number
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         task = f"connect to {options.host}, port {options.port}"
         sock = connect(options.host, options.port)
         task = "continue"
-        with sock, closing(Conversation(Connection(sock, messages, options.raw))) as conversation:
-            return conversation.run()
+        with sock:
+            conversation = Conversation(Connection(sock, messages, options.raw))
+            with conversation.wakeup, conversation.wakeup_writer:
+                return conversation.run()
     except (OSError, MemoryError, ValueError) as error:  # ValueError: select(2) has a limit of 1,023
         hint = "; is the server running?" if isinstance(error, ConnectionRefusedError) else ""
         sys.exit(f"cannot {task}: {reason(error)}{hint}")
