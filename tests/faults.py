@@ -27,7 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Callable, Iterable, Tuple
+from typing import Callable, Iterable, Iterator, Tuple
 
 HERE = Path(__file__).resolve().parent
 DEADLINE = 15.0  # seconds to wait for something that should happen immediately
@@ -309,7 +309,7 @@ ALL = reset, leave, split, bytes_, starve, restart, print_, escape, stop, idle, 
 FAULTS = {fault.__name__.rstrip("_"): fault for fault in ALL}
 
 
-def observe(name: str, commands: Iterable[list[str]] = SERVERS.values()) -> list[Seen]:
+def observe(name: str, commands: Iterable[list[str]]) -> list[Seen]:
     """Return what each server does in this situation."""
 
     def run(command: list[str]) -> Seen:
@@ -323,6 +323,13 @@ def observe(name: str, commands: Iterable[list[str]] = SERVERS.values()) -> list
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(run, commands))
+
+
+def observe_all(names: Iterable[str], commands: Iterable[list[str]]) -> Iterator[list[Seen]]:
+    """Yield the observations of these faults; some run at the same time, because they mostly wait."""
+    commands = list(commands)
+    with ThreadPoolExecutor(6) as pool:
+        yield from pool.map(lambda name: observe(name, commands), names)
 
 
 def main() -> int:
@@ -349,9 +356,9 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     found = []
     names = list(FAULTS) if options.name == "all" else [options.name]
-    for name in names:
-        print(FAULTS[name].__doc__, flush=True)
-        for server, (fails, words) in zip(servers, observe(name, servers.values())):
+    for name, observations in zip(names, observe_all(names, servers.values())):
+        print(FAULTS[name].__doc__)
+        for server, (fails, words) in zip(servers, observations):
             mark = f"{'FAULT' if fails else 'right'}  " if options.server is not None else ""
             print(f"  {server:<21}  {mark}{words}", flush=True)
             found += [name] * fails

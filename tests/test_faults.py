@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faults
@@ -30,11 +29,10 @@ HOW = {  # the failure of the lecture's script; another failure does not count
 
 @pytest.fixture(scope="module")
 def observations() -> dict[str, list[faults.Seen]]:
-    """Return the observations of each fault; some run at the same time, because they mostly wait."""
+    """Return the observations of each fault."""
     # All end before pytest changes the environment, between two tests: a thread that starts a
     # program at that time fails (EFAULT).
-    with ThreadPoolExecutor(6) as pool:
-        return dict(zip(faults.FAULTS, pool.map(faults.observe, faults.FAULTS)))
+    return dict(zip(faults.FAULTS, faults.observe_all(faults.FAULTS, faults.SERVERS.values())))
 
 
 @pytest.mark.parametrize("name", faults.FAULTS)
