@@ -1,6 +1,7 @@
 """Run the tests, with pytest: `python3 tests`, or for example `python3 tests -k echo`.
 
-pytest gets all arguments.  If this Python has no pytest, pip installs it in the repository's .venv, in the
+pytest gets all arguments.  Without arguments, each file has a pytest of its own, and as many run at the same
+time as there are processors.  If this Python has no pytest, pip installs it in the repository's .venv, in the
 folder where a virtual environment of this Python version keeps its packages.
 
 To add a test, choose the file by the promise: test_server (no options, addresses), test_options (seats,
@@ -23,6 +24,7 @@ lets each system call fail once (with strace), soak.py serves random clients for
 many.py holds thousands of connections.
 """
 
+import glob
 import importlib.util
 import os
 import runpy
@@ -31,7 +33,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from typing import NoReturn
+from typing import IO, Dict, List, NoReturn, Tuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -91,6 +93,45 @@ def install_pytest() -> None:
     importlib.invalidate_caches()
 
 
+def run_pytest(arguments: List[str]) -> NoReturn:
+    """Run pytest in this process, and exit with its status."""
+    # Paths among the arguments are relative to the current directory.  Without one, pytest uses testpaths.
+    options = ["-c", os.path.join(ROOT, ".pytest.ini"), "--rootdir", os.getcwd()]
+    options += ["-o", "testpaths=" + shlex.quote(os.path.relpath(HERE))]
+    if os.access(ROOT, os.W_OK):
+        options += ["-o", "cache_dir=" + os.path.join(ROOT, ".pytest_cache")]
+    else:
+        options += ["-p", "no:cacheprovider"]
+    sys.argv[1:] = [*options, *arguments]
+    runpy.run_module("pytest", run_name="__main__", alter_sys=True)  # as `python3 -m pytest`
+    sys.exit("tests: pytest has not ended this process")
+
+
+def run_files(files: List[str]) -> NoReturn:
+    """Run a pytest for each file, print each output when it is complete, and exit with 1 if one fails."""
+    running: Dict[int, Tuple[str, IO[bytes]]] = {}  # by process
+    failed: List[str] = []
+    output: IO[bytes]
+    while files or running:
+        if files and len(running) < len(os.sched_getaffinity(0)):
+            file, output = files.pop(0), tempfile.TemporaryFile()  # noqa: SIM115
+            process = os.fork()
+            if not process:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                run_pytest(["-q", file])
+            running[process] = file, output
+        else:
+            process, status = os.wait()
+            file, output = running.pop(process)
+            with output:
+                output.seek(0)
+                print(file, output.read().decode(errors="replace"), sep="\n", flush=True)
+            if status:
+                failed.append(file)
+    sys.exit("tests: failed: " + ", ".join(failed) if failed else 0)
+
+
 def main() -> None:
     """Run pytest; raise SystemExit with its exit status."""
     if sys.version_info < OLDEST_PYTHON:
@@ -103,15 +144,10 @@ def main() -> None:
             if not has_pytest():
                 fail(f"pip installed pytest in {VENV}, but this Python cannot import it")
 
-    # Paths among the arguments are relative to the current directory.  Without one, pytest uses testpaths.
-    options = ["-c", os.path.join(ROOT, ".pytest.ini"), "--rootdir", os.getcwd()]
-    options += ["-o", "testpaths=" + shlex.quote(os.path.relpath(HERE))]
-    if os.access(ROOT, os.W_OK):
-        options += ["-o", "cache_dir=" + os.path.join(ROOT, ".pytest_cache")]
-    else:
-        options += ["-p", "no:cacheprovider"]
-    sys.argv[1:1] = options
-    runpy.run_module("pytest", run_name="__main__", alter_sys=True)  # as `python3 -m pytest`
+    files = [os.path.relpath(file) for file in glob.glob(os.path.join(glob.escape(HERE), "test_*.py"))]
+    if len(sys.argv) > 1 or len(files) < 2 or not hasattr(os, "sched_getaffinity"):
+        run_pytest(sys.argv[1:])
+    run_files(sorted(files, key=os.path.getsize, reverse=True))  # the longest first
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,20 @@ def test_runs_from_every_folder_and_reports_skipped_tests(
     assert result.returncode == 0, result.stdout + result.stderr
     assert "for a reason\n" in result.stdout
     assert "1 skipped" in result.stdout.splitlines()[-1]
+
+
+def test_without_arguments_each_file_has_a_pytest_of_its_own(copy: Copy) -> None:
+    variables = {"PYTHONPATH": str(Path(pytest.__file__).parent.parent)}
+    write(copy.root, {"tests/test_more.py": "def test_one(): pass\ndef test_two(): pass"})
+    result = copy.run(variables=variables)
+    assert (result.returncode, result.stderr) == (0, "")
+    for name, end in ("it", "1 skipped"), ("more", "2 passed"):
+        assert re.search(rf"^tests/test_{name}\.py\n(?:.*\n)*?{end} in ", result.stdout, re.MULTILINE)
+    write(copy.root, {"tests/test_wrong.py": "def test_wrong(): print('why') or 1 / 0"})
+    result = copy.run(cwd="tests", tests=".", variables=variables)
+    assert (result.returncode, result.stderr) == (1, "tests: failed: test_wrong.py\n")
+    assert re.search(r"^test_wrong\.py\n(?:.*\n)*why\n(?:.*\n)*1 failed in ", result.stdout, re.MULTILINE)
+    assert re.search("^2 passed in ", result.stdout, re.MULTILINE)
 
 
 def real_pip(copy: Copy) -> dict[str, str]:
