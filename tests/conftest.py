@@ -184,15 +184,25 @@ class Server:
     """The server as a process, on a free port."""
 
     def __init__(
-        self, *options: str, program: str = SERVER, shell: str = "", paused: bool = False, **popen: Any
+        self,
+        *options: str,
+        program: str = SERVER,
+        shell: str = "",
+        python: str = "",
+        paused: bool = False,
+        **popen: Any,
     ) -> None:
         """`shell` holds commands that a shell runs first, such as a limit or a redirection.
 
-        If `paused`, the test reads standard output only after `out.going.set()`.
+        `python` holds statements that its process runs first.  If `paused`, the test reads standard output
+        only after `out.going.set()`.
         """
         command = [sys.executable, program, *options]
         if "--port" not in options:
             command += ["--port", "0"]
+        if python:
+            replace = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+            command[1:1] = ["-c", f"{python}\n{replace}"]
         if shell:
             command = ["sh", "-c", f'{shell} && exec "$@"', "sh", *command]
         popen = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}

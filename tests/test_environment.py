@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import select
 import signal
 import socket
@@ -142,10 +141,8 @@ def test_a_stop_signal_is_not_lost_in_a_full_signal_pipe(start: Start, failing: 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_blocked_stop_signal_is_unblocked(start: Start, number: int) -> None:
-    def block() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
-
-    server = start(*ECHO, preexec_fn=block)
+    block = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))"
+    server = start(*ECHO, python=block)
     echoes(server.seat())
     assert "stopped: 1 client served, 6 bytes received" in server.stop(number)
 
@@ -263,15 +260,12 @@ def test_a_cut_ping_is_completed_without_a_limit_of_unsent_bytes(
 
 
 def test_inherited_open_files_need_no_seat(start: Start) -> None:
-    def inherit() -> None:
-        for number in range(3, 160):
-            try:
-                os.fstat(number)
-            except OSError:
-                os.dup2(0, number)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-
-    server = start("--echo", "--connections", "100", preexec_fn=inherit, close_fds=False)
+    inherit = (
+        "import os, resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "for number in range(3, 160): os.dup2(0, number, inheritable=True)"
+    )
+    server = start("--echo", "--connections", "100", python=inherit)
     clients = [server.seat() for _ in range(100)]
     echoes(clients[-1])
     assert "not accepting" not in server.stop()
@@ -330,7 +324,7 @@ def test_a_log_that_has_reached_its_limit_goes_on_after_it_is_truncated(
     log = tmp_path / "log"
     writer = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     limit = 4096
-    how = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    how = {"python": f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"}
     program = failing.program("server.RETRY_DELAY = 0.02")
     with closing(logging_to(writer, log.read_text, *ECHO, "--quiet", program=program, **how)) as server:
         while log.stat().st_size < limit:
