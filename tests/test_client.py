@@ -72,7 +72,8 @@ class Client(Server):
         termios.tcsetattr(end, termios.TCSANOW, attributes)
         fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         streams = {name: end if stream is TTY else stream for name, stream in streams.items()}
-        self.process = subprocess.Popen([*shell, sys.executable, *script, *arguments], cwd=ROOT, **streams)
+        encoded = [word.encode() if isinstance(word, str) else word for word in arguments]  # in any locale
+        self.process = subprocess.Popen([*shell, sys.executable, *script, *encoded], cwd=ROOT, **streams)
         os.close(end)
         self.screen = Screen(os.fdopen(self.keyboard, "rb", 0))
         self.out = Stream(self.process.stdout) if self.process.stdout else self.screen
@@ -185,7 +186,7 @@ def test_writes_a_summary(
         client.type(chunk)
         assert read_exactly(client.server, len(chunk)) == chunk
     client.type(b"", last=True)
-    lines = [os.fsencode(message) + b"\n" for message in messages]
+    lines = [(message.encode() if isinstance(message, str) else message) + b"\n" for message in messages]
     assert client.answer(b"ping" * pings + other) == b"".join(lines)
     assert client.ended(0) == f"{summary}\n"
     assert client.shown() == other
