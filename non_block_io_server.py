@@ -868,7 +868,7 @@ class Escapes(dict):  # type: ignore[type-arg]
         if code == ord("\n"):
             shown = "\n  "
         elif not (shown.isprintable() or shown in SHOWN) or code in INVISIBLE:
-            shown = f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+            shown = ascii(shown)[1:-1] if shown != "\r" else "\\x0d"  # not `\r`
         if len(self) >= self.SIZE:
             self.clear()
         self[code] = shown
