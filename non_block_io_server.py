@@ -967,21 +967,22 @@ class Output:
 
     async def written(self) -> bool:
         """Wait until the queue is written; return False after a failure."""
-        while self.queue and not self.failure:
-            self.flush()
-            if self.queue and not self.failure:
-                try:
-                    await ready(EPOLLOUT)
-                except OSError:  # no memory or too many watches: try again later
-                    self.loop.wake_at(time.monotonic() + RETRY_DELAY, self.descriptor)
-                    await ready(0)
+        while self.flush():
+            try:
+                await ready(EPOLLOUT)
+            except OSError:  # no memory or too many watches: try again later
+                self.loop.wake_at(time.monotonic() + RETRY_DELAY, self.descriptor)
+                await ready(0)
         return not self.failure
 
-    def flush(self) -> None:
-        """Write as much as the kernel accepts now.  An error is kept in `failure`."""
+    def flush(self) -> bool:
+        """Write as much as the kernel accepts now; return whether the rest can be written later.
+
+        An error is kept in `failure`.
+        """
         try:
             for _ in range(WRITES):
-                if not self.queue:
+                if self.failure or not self.queue:
                     break
                 if self.write_limit and not is_ready(self.descriptor, EPOLLOUT, 0.0):
                     break
@@ -992,17 +993,16 @@ class Output:
             pass
         except OSError as error:
             self.failure = f"can no longer be written: {why(error)}"
+        return bool(self.queue and not self.failure)
 
     def drain(self) -> None:
         """Write everything.  Drop the rest if a write waits FLUSH_TIMEOUT, or all together DRAIN_TIMEOUT."""
         deadline = time.monotonic() + self.drain_time
-        while self.queue and not self.failure:
-            self.flush()
-            if self.queue and not self.failure:
-                if time.monotonic() > deadline:
-                    self.failure = "is too slow"
-                elif not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
-                    self.failure = "has stalled"
+        while self.flush():
+            if time.monotonic() > deadline:
+                self.failure = "is too slow"
+            elif not is_ready(self.descriptor, EPOLLOUT, FLUSH_TIMEOUT):
+                self.failure = "has stalled"
         self.drain_time = deadline - time.monotonic()
         self.lost += len(self.queue)
         self.queue.clear()
