@@ -974,6 +974,22 @@ def test_a_failed_connect_is_reported_in_one_line(launch: Launch, host: str) -> 
     assert ("is the server running?" in line) is (host == "127.0.0.1")
 
 
+def test_after_a_failed_send_nothing_is_sent_but_the_end_of_file(launch: Launch) -> None:
+    """Else the server would get data with a gap.  The connection itself is not broken."""
+    fail = "import errno, socket; send = socket.socket.send; socket.socket.send = fail"
+    define = (
+        "def fail(sock, data):\n if b'lost' in bytes(data): raise OSError(errno.ENOBUFS, 'No buffer space')\n"
+    )
+    client = launch(stdin=PIPE, before=f"exec({define!r} + ' return send(sock, data)'); {fail}")
+    client.type(b"first\n")
+    assert read_exactly(client.server, 6) == b"first\n"
+    client.type(b"lost\n")
+    assert read_exactly(client.server, 1) == b""
+    client.type(b"later\n", last=True)
+    assert client.answer(b"") == b""
+    assert client.line() == "the connection is broken: No buffer space; sent 6 bytes; received 0 pings"
+
+
 def test_a_connection_to_itself_is_refused(launch: Launch) -> None:
     """The kernel may choose any free port, so also the one to which the client connects."""
     with socket.socket() as sock:

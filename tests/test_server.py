@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import itertools
 import re
 import select
@@ -540,7 +541,8 @@ def test_the_ipv4_address_of_a_host_is_tried_first(start: Start, failing: Failin
 def test_a_host_without_usable_address_reports_the_first_reason(failing: Failing) -> None:
     failing.fail("bind", errno.EACCES)
     program = failing.program(ADDRESSES.format(addresses=["127.0.0.3", "192.0.2.1"]) + GETADDRINFO)
-    result = run(program, "--port", "0", "--host", "example.test")
+    env = {**os.environ, "PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}  # an open socket is reported
+    result = run(program, "--port", "0", "--host", "example.test", env=env)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "cannot listen on example.test:0: Permission denied\n"
 

@@ -159,7 +159,7 @@ def read_port(log: Path) -> int:
 def test_a_stop_loses_no_data_that_has_arrived(
     start: Start, failing: Failing, options: Any, wait_for: str, number: int
 ) -> None:
-    program = failing.program("server.READ_SIZE = 1000")
+    program = failing.program("server.READ_SIZE, server.OUTPUT_LIMIT = 1000, 500")
     server = start(*options, "--connections", "3", "--wait-for", wait_for, program=program)
     clients = [server.seat(), server.seat()]
     server.process.send_signal(signal.SIGSTOP)
