@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import itertools
+import os
 import re
 import select
 import signal
