@@ -827,20 +827,16 @@ class MessageFormatter:
             return ""
         text = text.replace("\r\n", "\n")
         text = escape(text[:-1] if text.endswith("\n") else text)
-        return f"{self.header}{'  ' if imitates_header(text) else ''}{text}\n"
+        imitates = text.startswith(MESSAGE_TITLE) if text.isascii() else re.match(HEADER_LIKE, text)
+        return f"{self.header}{'  ' if imitates else ''}{text}\n"
 
 
 JAMO = "\u1160-\u11ff\ud7b0-\ud7ff"  # letters that terminals draw over the character before them
 GAP = rf"(?:[^\w.\u2024-\u2026\uff0e\n]|[{JAMO}])*"  # spaces and marks
-HEADER_LIKE = (
+HEADER_LIKE = (  # what looks like MESSAGE_TITLE, perhaps with foreign letters or marks in it
     "".join(rf"{GAP}(?:{letter}|[^\W\0-\x7f{JAMO}])" for letter in "datareceived")
     + rf"{GAP}(?:[\u2025\u2026]|[.\u2024\uff0e]{GAP}[.\u2024\uff0e\u2025])"  # two dots or more
 )
-
-
-def imitates_header(text: str) -> bool:
-    """Return whether the first line looks like a header, perhaps with foreign letters or marks in it."""
-    return text.startswith(MESSAGE_TITLE) if text.isascii() else bool(re.match(HEADER_LIKE, text))
 
 
 def escape(text: str) -> str:
@@ -898,7 +894,7 @@ class Output:
     lines of the log are dropped and counted.
     """
 
-    def __init__(self, loop: Loop, name: str, stream: TextIO | None) -> None:
+    def __init__(self, loop: Loop, name: str, stream: TextIO | None, stack: ExitStack) -> None:
         """`stream` is None if the output was closed before the start, or is not wanted."""
         self.loop, self.name, self.open = loop, name, stream is not None
         self.queue = bytearray()
@@ -908,13 +904,13 @@ class Output:
         self.lost = 0  # bytes that were queued and not written
         self.in_line = False  # the last line is not complete
         self.drain_time = DRAIN_TIMEOUT  # seconds that drain() can still wait
-        self.descriptor = self.given = -1  # the descriptor that is written, and the stream's
+        self.descriptor = -1
         if stream is not None:
-            self.given, self.descriptor, self.write_limit = attempt(f"use {name}", open_output, stream)
+            self.descriptor, self.write_limit = attempt(f"use {name}", open_output, stream, stack)
             encoding = getattr(stream, "encoding", None) or "utf-8"
             encoder = codecs.getincrementalencoder(encoding)("backslashreplace")
             with suppress(OSError):
-                if os.fstat(self.given).st_size:  # the file has its byte order mark
+                if os.fstat(self.descriptor).st_size:  # the file has its byte order mark
                     encoder.setstate(0)
             self.encode = encoder.encode
             self.newline = "\n\n".encode(encoding)[len("\n".encode(encoding)) :]
@@ -1010,16 +1006,11 @@ class Output:
             self.full = False
             self.loop.wake(self.loop.interests)
 
-    def close(self) -> None:
-        """Close the descriptor that is not the stream's own."""
-        if self.descriptor != self.given:
-            close(os.close, self.descriptor)
 
+def open_output(stream: TextIO, stack: ExitStack) -> tuple[int, int | None]:
+    """Return a descriptor to write to, and the most bytes per write (None: no limit).
 
-def open_output(stream: TextIO) -> tuple[int, int, int | None]:
-    """Return a stream's descriptor, one to write to, and the most bytes per write (None: no limit).
-
-    Raises OSError, ValueError.
+    `stack` closes the descriptor if it is not the stream's own.  Raises OSError, ValueError.
     """
     try:
         stream.flush()  # before our own text
@@ -1030,13 +1021,15 @@ def open_output(stream: TextIO) -> tuple[int, int, int | None]:
     is_pipe = stat.S_ISFIFO(status.st_mode)
     writable = fcntl.fcntl(given, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR)
     if not writable or not (terminal or is_pipe or stat.S_ISSOCK(status.st_mode)):
-        return given, given, None  # a file has no reader to wait for
+        return given, None  # a file has no reader to wait for
     # O_NONBLOCK on an inherited descriptor affects every process that shares it, so open the output again,
     # if that opens the same thing.  Major number 5 are /dev/tty and /dev/ptmx, which open another terminal.
     if is_pipe or (terminal and os.major(status.st_rdev) != 5):
         with suppress(OSError):  # another user's terminal (after su), or no /proc
-            return given, os.open(f"/proc/self/fd/{given}", os.O_WRONLY | os.O_NONBLOCK), None
-    return given, given, 1 if terminal else PIPE_BUF  # pipe(7)
+            descriptor = os.open(f"/proc/self/fd/{given}", os.O_WRONLY | os.O_NONBLOCK)
+            stack.callback(close, os.close, descriptor)
+            return descriptor, None
+    return given, 1 if terminal else PIPE_BUF  # pipe(7)
 
 
 def is_ready(descriptor: int, interest: int, timeout: float) -> bool:
@@ -1270,11 +1263,8 @@ def arguments(protocol: Protocol | None = None) -> argparse.Namespace:
     options = parser.parse_args()
     if options.wait_for is None:
         options.wait_for = options.connections
-    for name, least, most in (
-        ("port", 0, 65535),
-        ("connections", 1, 10**7),
-        ("wait_for", 1, options.connections),
-    ):
+    limits = {"port": (0, 65535), "connections": (1, 10**7), "wait_for": (1, options.connections)}
+    for name, (least, most) in limits.items():
         if not least <= getattr(options, name) <= most:
             hint = ", the number of --connections" if name == "wait_for" else ""
             parser.error(f"argument --{name.replace('_', '-')}: must be from {least} to {most}{hint}")
@@ -1321,10 +1311,8 @@ def run(options: argparse.Namespace, protocol: Protocol, stack: ExitStack) -> No
     loop = attempt("create an epoll instance", TracedLoop if options.trace else Loop)
     stack.callback(loop.close)
     signals = attempt("catch signals", catch_signals, loop, stack)
-    messages = Output(loop, "standard output", None if options.quiet else sys.stdout)
-    stack.callback(messages.close)
-    log = Output(loop, "standard error", sys.stderr)
-    stack.callback(log.close)
+    messages = Output(loop, "standard output", None if options.quiet else sys.stdout, stack)
+    log = Output(loop, "standard error", sys.stderr, stack)
     both = messages.open and log.open
     if both and attempt(f"use {messages.name}", os.path.sameopenfile, messages.descriptor, log.descriptor):
         log = messages  # two queues would write into the middle of each other's lines

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,15 +194,14 @@ def test_a_full_output_reads_no_client_that_was_idle_before(
 
 def test_an_output_with_small_writes_gives_the_clients_their_turn() -> None:
     loop, (reader, writer) = non_block_io_server.Loop(), os.pipe()
-    with open(writer, "w") as stream:
-        output = non_block_io_server.Output(loop, "standard output", stream)
+    with open(writer, "w") as stream, ExitStack() as stack:
+        output = non_block_io_server.Output(loop, "standard output", stream, stack)
         output.write_limit = 1  # as for a terminal that cannot be opened again
         output.write("x" * 1000)
         output.flush()
         assert os.read(reader, 1001) == b"x" * non_block_io_server.WRITES
         output.flush()
         assert os.read(reader, 1001) == b"x" * non_block_io_server.WRITES
-        output.close()
     os.close(reader)
     loop.close()
 
