@@ -572,16 +572,18 @@ class Server:
         reported = ""
         while True:
             try:  # an error of epoll_ctl(2) is also raised here
+                if not self.serving and len(self.clients) >= self.wait_for:
+                    self.loop.wake([*self.clients, self.listener.fileno()])
+                    await ready(0)  # a client that has disconnected leaves now
+                    if len(self.clients) >= self.wait_for:
+                        self.begin()
                 await ready(EPOLLIN if len(self.clients) < self.seats else 0)
                 for _ in range(min(ACCEPTS, self.seats - len(self.clients))):
                     sock, address = self.listener.accept()
                     reported = ""
                     self.seat(sock, name_of(address))
                     if not self.serving and len(self.clients) >= self.wait_for:
-                        self.loop.wake([*self.clients, self.listener.fileno()])
-                        await ready(0)  # a client that has disconnected leaves now
-                        if len(self.clients) >= self.wait_for:
-                            self.begin()
+                        break
             except OSError as error:
                 if error.errno not in [getattr(errno, name) for name in NETWORK_ERRORS.split()]:
                     if why(error) != reported:

@@ -318,6 +318,16 @@ def test_a_listener_that_epoll_cannot_watch_tries_again(start: Start, failing: F
     assert text.count("not accepting for now: Cannot allocate memory\n") == 1
 
 
+def test_serving_starts_although_the_listener_cannot_be_unregistered(start: Start, failing: Failing) -> None:
+    server = start("--connections", "2", program=failing.program("server.RETRY_DELAY = 0.01"))
+    first = server.seat()
+    failing.fail("unregister", errno.EPERM, "listener")
+    second = server.seat()
+    assert read_exactly(first, 4) == read_exactly(second, 4) == b"ping"
+    assert failing.count() == 1
+    server.stop()
+
+
 # ---------------------------------------------------------------- calls that need not succeed
 
 
