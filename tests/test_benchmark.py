@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from benchmark.report import (
     table,
     tables,
 )
-from conftest import ROOT, at_once
+from conftest import ROOT, at_once, run
 
 FIGURES = ROOT / "tests" / "benchmark" / "figures.json"  # those that the README shows
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -121,6 +122,35 @@ def test_an_interrupted_benchmark_shows_its_figures(tmp_path: Path) -> None:
         assert (run.complete, bool(run.rounds("rate", ("pings", OURS)))) == (False, True)
 
     at_once(interrupt, [signal.SIGINT, signal.SIGTERM])
+
+
+@pytest.mark.parametrize("started", ["core", "non_block_io_server.py"])  # before the first round, and in it
+def test_a_signal_while_a_server_starts_leaves_no_process(started: str) -> None:
+    program = f"""
+import os, runpy, signal, subprocess, sys
+pids = []
+class Popen(subprocess.Popen):
+    def __init__(self, command, **options):
+        super().__init__(command, **options)
+        if any(word.endswith({started!r}) for word in command):
+            pids.append(self.pid)
+            os.kill(os.getpid(), signal.SIGTERM)  # before the caller knows the process
+subprocess.Popen = Popen
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # until the benchmark catches it
+sys.argv[1:] = ["--quick", "start"]
+try:
+    runpy.run_path("tests/benchmark", run_name="__main__")
+finally:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            print("left:", pid)
+        except ProcessLookupError:
+            print("ended")
+"""
+    result = run("-c", program, cwd=ROOT, timeout=120, env={**os.environ, "PATH": ""})  # without a compiler
+    assert (result.returncode, result.stdout.splitlines()[-1:]) == (130, ["ended"]), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_ratio_uses_the_figures_of_one_round() -> None:

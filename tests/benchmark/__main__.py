@@ -61,6 +61,7 @@ from benchmark.processes import (
     read,
     running,
     serving,
+    stop,
     use_core,
 )
 from benchmark.readme import fill
@@ -486,13 +487,6 @@ def duration(seconds: float) -> str:
     return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def stop(*_: object) -> None:
-    """Interrupt the measurement once, because the benchmark must still end its processes."""
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def write_json(path: str, run: Run | None = None) -> bool:
     """Write the run; without one, only try whether this is possible.  Return whether it is."""
     try:
@@ -543,13 +537,13 @@ def main() -> int:
     status = 0
     if options.json and not write_json(options.json):
         return 1
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.quick, options.peers, folder)
         expected = bench.expected()
         seconds = sum(expected[part] for part in parts)
         progress(f"this takes about {duration(seconds)}; Ctrl-C ends it early and shows the figures so far")
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, stop)
         use_core(LOAD_CORE)
         try:
             for part in parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,9 @@ SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 TIMEOUT = 60  # seconds to wait for a process
 MESSAGE = b"Some message... " * 4
 
+starting = False  # a process may have started, but running() cannot end it yet
+interrupted = False
+
 
 class Failure(Exception):
     """A wrong byte, or a server that has ended."""
@@ -44,13 +48,28 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def stop(*_: object) -> None:
+    """Interrupt the benchmark once, because it must still end its processes."""
+    global interrupted
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+    interrupted = True
+    if not starting:
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def running(command: list[str], core: int, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process on a core, with its other streams on /dev/null; end it at the end of the block."""
     streams = {**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL), **streams}
     use_core(core)  # the child inherits the core, so it uses it from the first instruction
+    global starting
+    starting = True
     process = subprocess.Popen(command, **streams)
     try:
+        starting = False
+        if interrupted:
+            raise KeyboardInterrupt
         use_core(LOAD_CORE)
         yield process
     finally:
