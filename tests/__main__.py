@@ -29,6 +29,7 @@ import importlib.util
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -108,15 +109,33 @@ def run_pytest(arguments: List[str]) -> NoReturn:
 
 
 def run_files(files: List[str]) -> NoReturn:
-    """Run a pytest for each file, print each output when it is complete, and exit with 1 if one fails."""
+    """Run a pytest for each file, print each output when it is complete, and exit with 1 if one fails.
+
+    After SIGINT or SIGTERM, exit with 130 when those that run have ended their tests' processes.
+    """
     running: Dict[int, Tuple[str, IO[bytes]]] = {}  # by process
     failed: List[str] = []
+    interrupted = False
     output: IO[bytes]
+
+    def stop(number: int, _: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        files.clear()
+        if number == signal.SIGTERM:  # a terminal sends SIGINT to all processes
+            for process in running:
+                os.kill(process, number)
+
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    for number in signals:
+        signal.signal(number, stop)
     while files or running:
         if files and len(running) < len(os.sched_getaffinity(0)):
             file, output = files.pop(0), tempfile.TemporaryFile()  # noqa: SIM115
             process = os.fork()
             if not process:
+                for number in signals:
+                    signal.signal(number, signal.default_int_handler)
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 run_pytest(["-q", file])
@@ -129,6 +148,8 @@ def run_files(files: List[str]) -> NoReturn:
                 print(file, output.read().decode(errors="replace"), sep="\n", flush=True)
             if status:
                 failed.append(file)
+    if interrupted:
+        sys.exit(130)
     sys.exit("tests: failed: " + ", ".join(failed) if failed else 0)
 
 

@@ -43,9 +43,11 @@ for name in [name for name in os.environ if name.startswith("PYTHON")]:
         del os.environ[name]
 os.environ["PYTHONUTF8"] = "1"
 
+# Each of these signals interrupts pytest, so that the tests end their processes.  If one is ignored, by
+# nohup(1) or in a background job, it still does nothing here, but the programs do not inherit that.
 for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-    if signal.getsignal(number) == signal.SIG_IGN:  # by nohup(1), or in a background job: programs inherit it
-        signal.signal(number, lambda *_: None)  # as before for this process, but not inherited
+    ignored = signal.getsignal(number) == signal.SIG_IGN
+    signal.signal(number, (lambda *_: None) if ignored else signal.default_int_handler)
 
 
 # ---------------------------------------------------------------- the time limit of each test

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -124,6 +125,36 @@ def test_without_arguments_each_file_has_a_pytest_of_its_own(copy: Copy) -> None
     assert (result.returncode, result.stderr) == (1, "tests: failed: test_wrong.py\n")
     assert re.search(r"^test_wrong\.py\n(?:.*\n)*why\n(?:.*\n)*1 failed in ", result.stdout, re.MULTILINE)
     assert re.search("^2 passed in ", result.stdout, re.MULTILINE)
+
+
+LONG = """
+import pathlib, signal, time
+
+def test_long():
+    try:
+        pathlib.Path("ready").write_text("a reader waits for this")
+        signal.pause()
+    finally:
+        time.sleep(0.2)
+        pathlib.Path("cleaned").touch()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_waits_until_its_tests_have_cleaned_up(copy: Copy, number: int) -> None:
+    write(copy.root, {"tests/test_long.py": LONG})
+    os.mkfifo(copy.root / "ready")
+    environment = {**os.environ, "PYTHONPATH": str(Path(pytest.__file__).parent.parent)}
+    how = {"cwd": copy.root, "env": environment, "start_new_session": True, "text": True}
+    with subprocess.Popen([sys.executable, "tests"], stdout=subprocess.PIPE, **how) as process:  # type: ignore[call-overload]
+        (copy.root / "ready").read_text()
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        output, _ = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, (copy.root / "cleaned").exists()) == (130, True)
+    assert re.search(r"^tests/test_long\.py\n(?:.*\n)*!+ KeyboardInterrupt !+$", output, re.MULTILINE)
 
 
 def real_pip(copy: Copy) -> dict[str, str]:
