@@ -947,7 +947,7 @@ class Output:
                 self.queue.clear()
                 self.full, retry = True, time.monotonic() + RETRY_DELAY
                 while time.monotonic() < retry:
-                    await ready(0)  # until a line is dropped
+                    await self.wait(0)  # until a line is dropped
                 self.failure = ""
             elif self.dropped > reported:
                 dropped = self.dropped
@@ -961,17 +961,21 @@ class Output:
                 self.full = False
                 self.loop.wake(self.loop.interests)  # clients can be read again: the oldest waits come first
             else:
-                await ready(0)
+                await self.wait(0)
 
     async def written(self) -> bool:
         """Wait until the queue is written; return False after a failure."""
         while self.flush():
-            try:
-                await ready(EPOLLOUT)
-            except OSError:  # no memory or too many watches: try again later
-                self.loop.wake_at(time.monotonic() + RETRY_DELAY, self.descriptor)
-                await ready(0)
+            await self.wait(EPOLLOUT)
         return not self.failure
+
+    async def wait(self, interest: int) -> None:
+        """Wait as `ready` does.  If epoll cannot watch the output, wait RETRY_DELAY."""
+        try:
+            await ready(interest)
+        except OSError:  # no memory, or too many watches
+            self.loop.wake_at(time.monotonic() + RETRY_DELAY, self.descriptor)
+            await ready(0)
 
     def flush(self) -> bool:
         """Write as much as the kernel accepts now; return whether the rest can be written later.

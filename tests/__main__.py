@@ -24,6 +24,7 @@ lets each system call fail once (with strace), soak.py serves random clients for
 many.py holds thousands of connections.
 """
 
+import contextlib
 import glob
 import importlib.util
 import os
@@ -124,7 +125,8 @@ def run_files(files: List[str]) -> NoReturn:
         files.clear()
         if number == signal.SIGTERM:  # a terminal sends SIGINT to all processes
             for process in running:
-                os.kill(process, number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process, number)
 
     signals = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     for number in signals:

@@ -218,6 +218,22 @@ def test_a_standard_output_that_epoll_cannot_watch_is_tried_again(start: Start, 
     server.stop()
 
 
+def test_a_standard_output_that_epoll_does_not_forget_is_still_written(
+    start: Start, failing: Failing
+) -> None:
+    program = failing.program("server.RETRY_DELAY = 0.01")
+    server = start("--wait-for", "1", "--every", "3600", program=program, paused=True)
+    client = server.seat()
+    client.sendall(b"x" * 200_000)  # more than a pipe holds
+    server.settled()
+    failing.fail("unregister", errno.ENOMEM, os.readlink(f"/proc/{server.process.pid}/fd/1"))
+    server.out.going.set()
+    eventually(lambda: failing.count() == 1, "everything is written")
+    client.sendall(b"hello")
+    server.messages("^hello$")
+    server.stop()
+
+
 def test_a_standard_error_that_epoll_cannot_watch_is_tried_again(start: Start, failing: Failing) -> None:
     program = failing.program("server.RETRY_DELAY = 0.01")
     server = start("--wait-for", "1", program=program)
