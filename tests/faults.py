@@ -37,7 +37,7 @@ PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a
 BUSY = 0.2  # of a core: a server that only waits uses less
 
 # The lecture's script with another port.  One more line reports the port, for the benchmark.
-REPORT = 'import sys; print("listening on 127.0.0.1:%d" % sock.getsockname()[1], file=sys.stderr)'
+REPORT = 'import sys; print("listening on 127.0.0.1:%d" % sock.getsockname()[1], file=sys.stderr, flush=True)'
 SCRIPT = (HERE / "lecture.py").read_text(encoding="utf-8").replace("10001", "{port}")
 SCRIPT = SCRIPT.replace("sock.listen()\n", f"sock.listen()\n{REPORT}\n")
 SERVERS = {  # {port} is replaced by the port; 0 is a free one
