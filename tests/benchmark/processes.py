@@ -52,7 +52,7 @@ def stop(*_: object) -> None:
     """Interrupt the benchmark once, because it must still end its processes."""
     global interrupted
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)  # not SIG_IGN: a process that starts now would inherit that
     interrupted = True
     if not starting:
         raise KeyboardInterrupt
