@@ -1049,9 +1049,11 @@ def log_warnings(log: Output, stack: ExitStack) -> None:
     """Write what Python would print itself to the log, such as the warning about a forgotten `await`."""
 
     def show(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
+        """Log a warning, in the place of warnings.showwarning()."""
         log.write_line(escape(warnings.formatwarning(message, category, filename, lineno).rstrip()))
 
     def show_ignored(ignored: Any) -> None:
+        """Log an exception that Python cannot raise, in the place of sys.unraisablehook()."""
         log.write_line(f"Exception ignored: {describe(ignored.exc_value)}")
 
     stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
@@ -1070,6 +1072,7 @@ def catch_signals(loop: Loop, stack: ExitStack) -> int:
     process = os.getpid()
 
     def end_loop(number: int, frame: Any) -> None:
+        """Handle a stop signal."""
         if os.getpid() == process:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # many would interrupt this handler
             loop.running = False
@@ -1122,10 +1125,12 @@ class TracedLoop(Loop):
         self.log.write_line(f"{time.monotonic() - self.start_time:8.3f}  {text}")
 
     def start(self, name: str, descriptor: int, task: Task) -> None:
+        """Start a task; log it under this name, if it has one."""
         super().start(name, descriptor, task)
         self.names[descriptor] = name
 
     def wait(self) -> list[tuple[int, int]]:
+        """Wait; log how many descriptors are ready, and after how long."""
         before = time.monotonic()
         batch = super().wait()
         if batch:  # polls that report nothing are not logged
@@ -1133,12 +1138,14 @@ class TracedLoop(Loop):
         return batch
 
     def resume(self, batch: Iterable[tuple[int, Any]]) -> None:
+        """Resume tasks; log each one, with its events, before it runs."""
         for descriptor, events in batch:
             if descriptor in self.tasks and self.names[descriptor]:
                 self.trace(f"  {self.names[descriptor]}: {event_names(events or 0) or 'woken'}")
             super().resume([(descriptor, events)])
 
     def watch(self, descriptor: int, interest: Any) -> None:
+        """Register an interest; log it if it has changed."""
         before = self.interests[descriptor]
         super().watch(descriptor, interest)
         if self.names[descriptor] and interest != before:
@@ -1150,6 +1157,7 @@ class TracedClient(Client):
     """A client that logs what it receives and sends."""
 
     def receive(self) -> bytes:
+        """Receive; log the number of bytes, or the end of file."""
         before = self.at_eof
         data = super().receive()
         if data or self.at_eof != before:
@@ -1157,11 +1165,13 @@ class TracedClient(Client):
         return data
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
+        """Send; log the number of bytes."""
         sent = super().send(data)
         self.trace(f"sent {sent:,}")
         return sent
 
     def send_file(self, file: int, offset: int, size: int) -> int:
+        """Send bytes of a file; log their number."""
         sent = super().send_file(file, offset, size)
         self.trace(f"sent {sent:,}")
         return sent
