@@ -1239,8 +1239,12 @@ def describe(error: BaseException) -> str:
         import traceback  # here, because its import would make the start slower
 
         lines = traceback.format_exception(type(error), error, error.__traceback__)
-    except Exception:  # for example, no descriptor is free for the import
-        lines = [type(error).__name__]
+    except Exception:  # for example, no descriptor is free for an import
+        place = error.__traceback__
+        while place and place.tb_next:
+            place = place.tb_next
+        where = f" ({place.tb_frame.f_code.co_filename}, line {place.tb_lineno})" if place else ""
+        lines = [f"{type(error).__name__}: {why(error)}{where}"]
     return escape("".join(lines).rstrip())
 
 
@@ -1302,7 +1306,7 @@ def main(protocol: Protocol | None = None) -> None:
     after wrong usage.  A protocol's own SystemExit or KeyboardInterrupt also goes on to the caller.
     """
     try:
-        options = arguments(protocol)
+        options = attempt("read the options", arguments, protocol)
         if epoll is None:
             sys.exit(NO_EPOLL)
         kind = echo if options.echo else heartbeat if options.every else flood

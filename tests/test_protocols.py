@@ -889,7 +889,9 @@ def test_a_mistake_is_logged_when_no_descriptor_is_free(dangers: Server) -> None
     other = Peer(dangers, "echo")
     peer = Peer(dangers, "has_no_descriptor_left")
     assert peer.end() == "was lost (KeyError in its protocol)"
-    assert "  KeyError: 'no descriptor'\n" in dangers.err.text
+    full = r"\.py\", line \d+, in (?s:.+)\n  KeyError: 'no descriptor'$"
+    short = r"^KeyError: 'no descriptor' \(.+\.py, line \d+\)$"  # Python 3.15 needs a descriptor for more
+    assert re.search(f"{full}|{short}", dangers.err.text, re.MULTILINE)
     other.sock.sendall(b"hello")
     assert read_exactly(other.sock, 5) == b"hello"
 

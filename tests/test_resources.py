@@ -503,7 +503,7 @@ def test_a_start_with_too_little_memory_ends_with_one_line(tmp_path: Path, limit
                 process.kill()
         return process.returncode, first + rest
 
-    amounts = [0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400]
+    amounts = [0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400, 9600]
     results = at_once(start_with, amounts)
     for status, text in results:
         assert "Traceback" not in text
