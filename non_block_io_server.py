@@ -314,8 +314,8 @@ class Client:
             await fail(EOFError("read() after the end of file"))
         while True:
             await ready(self.interest)
-            data = self.receive()
             self.flush()
+            data = self.receive()  # also after a failed send: what had arrived can still be read
             if data or (self.at_eof and not self.error):
                 return data
             if self.error and not self.messages.full:  # an error of a send is raised after the last data
@@ -1252,7 +1252,7 @@ def name_of(address: Any) -> str:
     """Return a socket's address as text: `127.0.0.1:10001`, `[::1]:10001`, `[fe80::1%eth0]:10001`."""
     host, port = address[:2]
     if len(address) == 4 and address[3]:  # the interface of a link-local address
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # it has vanished, or this is PyPy
             host += f"%{socket.if_indextoname(address[3])}"
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
