@@ -118,6 +118,9 @@ def run_files(files: List[str]) -> NoReturn:
     failed: List[str] = []
     interrupted = False
     output: IO[bytes]
+    processors = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # PyPy does not have it
+        processors = len(os.sched_getaffinity(0))
 
     def stop(number: int, _: object) -> None:
         nonlocal interrupted
@@ -132,7 +135,7 @@ def run_files(files: List[str]) -> NoReturn:
     for number in signals:
         signal.signal(number, stop)
     while files or running:
-        if files and len(running) < len(os.sched_getaffinity(0)):
+        if files and len(running) < processors:
             file, output = files.pop(0), tempfile.TemporaryFile()  # noqa: SIM115
             process = os.fork()
             if not process:
@@ -168,7 +171,7 @@ def main() -> None:
                 fail(f"pip installed pytest in {VENV}, but this Python cannot import it")
 
     files = [os.path.relpath(file) for file in glob.glob(os.path.join(glob.escape(HERE), "test_*.py"))]
-    if len(sys.argv) > 1 or len(files) < 2 or not hasattr(os, "sched_getaffinity"):
+    if len(sys.argv) > 1 or len(files) < 2:
         run_pytest(sys.argv[1:])
     run_files(sorted(files, key=os.path.getsize, reverse=True))  # the longest first
 

@@ -30,6 +30,8 @@ SERVER = str(ROOT / "non_block_io_server.py")
 CLIENT = str(ROOT / "client.py")
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # not in every user's PATH; HAProxy and ss may be there
+IS_PYPY = platform.python_implementation() == "PyPy"
+COMPILED = 30_000 if IS_PYPY else 0  # kB: PyPy compiles to machine code while it runs
 DEADLINE = 15.0  # seconds to wait for something that should happen immediately
 TEST_LIMIT = 300.0  # seconds for a test, and for its fixtures; no single wait is longer
 REPEAT = 10.0  # seconds until a test that still hangs, for example in a `finally`, is interrupted again

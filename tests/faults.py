@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 DEADLINE = 15.0  # seconds to wait for something that should happen immediately
 QUIET = 1.0  # seconds without data after which a client counts as not served
 NEW = 4096  # bytes that a client must receive after a fault
+STARVED = 65536  # bytes of pings for 4 MiB; a client with fewer is starved
 PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client receives
 BUSY = 0.2  # of a core: a server that only waits uses less
 
@@ -237,9 +238,9 @@ def starve(start: Start) -> Seen:
                 size = len(first.recv(1 << 20))
                 got += size if sent > 4 << 20 else 0  # earlier pings have been read by then
         least = min(least, got)
-        if least < NEW:
+        if least < STARVED:
             break
-    return least < NEW, f"gives it {least:,} bytes of pings for its 4 MiB"
+    return least < STARVED, f"gives it {least:,} bytes of pings for its 4 MiB"
 
 
 def restart(start: Start) -> Seen:

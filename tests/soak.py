@@ -26,6 +26,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import platform
 import random
 import re
 import resource
@@ -52,6 +53,8 @@ BACKLOG = 64  # clients that wait for a seat, at most: the kernel loses some whe
 PROBES = 9000  # connections whose log lines fill standard error
 PROBE_NETWORK = "127.255."  # no client has such an address
 MEMORY = 24 << 20  # bytes by which a server may grow after its start
+if platform.python_implementation() == "PyPy":
+    MEMORY += 40 << 20  # it compiles to machine code while it runs
 GROWTH = 4 << 20  # bytes by which it may grow after its warm-up, because an allocator keeps some
 
 PINGS = b"ping" * (1 << 17)

@@ -539,6 +539,10 @@ def test_a_replaced_stream_without_a_descriptor_is_reported_in_one_line(
 # ---------------------------------------------------------------- addresses
 
 
+has_interfaces = pytest.mark.skipif(not hasattr(socket, "if_indextoname"), reason="PyPy does not have it")
+
+
+@has_interfaces
 def test_a_link_local_address_has_its_interface() -> None:
     index = socket.if_nametoindex("lo")
     assert non_block_io_server.name_of(("fe80::1", 10001, 0, index)) == "[fe80::1%lo]:10001"
@@ -547,6 +551,7 @@ def test_a_link_local_address_has_its_interface() -> None:
     assert non_block_io_server.name_of(("127.0.0.1", 10001)) == "127.0.0.1:10001"
 
 
+@has_interfaces
 def test_a_client_can_use_the_link_local_address_of_the_first_line(start: Start) -> None:
     with suppress(OSError):
         for line in Path("/proc/net/if_inet6").read_text().splitlines():

@@ -31,6 +31,7 @@ import faults
 import pytest
 from conftest import (
     DEADLINE,
+    IS_PYPY,
     ROOT,
     SERVER,
     Server,
@@ -293,7 +294,8 @@ def test_the_fixture(folder: Path, replace: tuple[str, str], output: str) -> Non
 
 def test_the_server_of_the_fixture_ends_with_pytest(folder: Path) -> None:
     end = (
-        f"import os; open({str(folder / 'port')!r}, 'w').write(str(echo_server[1])); os.kill(os.getpid(), 9)"
+        f"import os, pathlib; pathlib.Path({str(folder / 'port')!r}).write_text(str(echo_server[1]));"
+        " os.kill(os.getpid(), 9)"
     )
     text = FIXTURE.replace("    with socket", f"    {end}\n    with socket")
     run_pytest(folder, text)
@@ -434,7 +436,8 @@ def test_a_mistake_ends_one_connection_and_the_log_shows_it(start: Start, tmp_pa
     server = start("--wait-for", "1", program=str(program), env=environment)
     server.seat().sendall(b"hello")
     (warning,) = re.findall(r"`(coroutine .*? was never awaited)`", README)
-    server.err.wait_for(f"RuntimeWarning: {re.escape(warning)}\n *client.write\\(data\\)$")
+    if not IS_PYPY:  # it warns when it frees the coroutine, much later
+        server.err.wait_for(f"RuntimeWarning: {re.escape(warning)}\n *client.write\\(data\\)$")
 
     program.write_text(echo.replace("client.write", "client.wirte"))
     server = start("--wait-for", "1", program=str(program), env=environment)

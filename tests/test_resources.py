@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from conftest import (
     DEADLINE,
+    IS_PYPY,
     MODES,
     SERVER,
     Start,
@@ -416,9 +417,7 @@ def test_a_limit_that_cannot_be_raised_is_a_warning(
 # ---------------------------------------------------------------- memory
 
 NO_MEMORY = "out of memory: the server cannot continue"
-is_cpython = pytest.mark.skipif(
-    platform.python_implementation() == "PyPy", reason="PyPy aborts when it has no memory"
-)
+is_cpython = pytest.mark.skipif(IS_PYPY, reason="PyPy aborts when it has no memory")
 
 
 @pytest.mark.parametrize(

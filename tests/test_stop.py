@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import (
     DEADLINE,
+    IS_PYPY,
     MODES,
     SERVER,
     Start,
@@ -43,6 +44,7 @@ def test_a_signal_stops_the_server_with_a_summary(start: Start, number: int, cli
     assert re.match(rf"stopped: {clients if clients == 2 else 0} clients served, 0 bytes received, ", last)
 
 
+@pytest.mark.skipif(IS_PYPY, reason="its signal.getsignal() does not report an inherited SIG_IGN")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(start: Start, number: int) -> None:
     server = start("--echo", "--wait-for", "1", shell=f"trap '' {int(number)}")
