@@ -67,7 +67,7 @@ except (ImportError, AttributeError):  # not Linux: the module can be imported; 
 
 TYPE_CHECKING = False  # as in typing, whose import would make the start slower
 if TYPE_CHECKING:
-    from typing import Any, Callable, Coroutine, Generator, Iterable, TextIO
+    from typing import Any, Callable, Coroutine, Generator, Iterable, Iterator, TextIO
 
     Task = Coroutine[Any, Any, None]  # yields its interest, is sent events
     Protocol = Callable[["Client"], Task]
@@ -80,6 +80,7 @@ READ_SIZE = 65536  # bytes per read, so that a client that sends a lot does not 
 ACCEPTS = 16  # accepts per event, so that a burst of new clients does not starve connected ones
 WRITES = 256  # writes of an output per event, so that a slow terminal does not starve the clients
 CALLS = 16  # calls of Client.write without a wait: then the other tasks have their turn
+ERRORS = 16  # errors one after the other in a task that does not wait: then it is ended
 BUSY_POLLS = 16  # non-blocking polls before a blocking one: sleeping and waking costs more than an echo
 LONG_YIELD = 0.0005  # seconds: if a yield of the processor takes longer, another program needs it
 QUEUE_LIMIT = 16 * 1024 * 1024  # bytes in a client's queue; a client with more is disconnected
@@ -148,11 +149,12 @@ class Loop:
         for descriptor, events in batch:
             try:
                 interest = tasks[descriptor].send(events)
+                changed = interest is not interests[descriptor]
             except BaseException as end:
                 if descriptor in tasks:  # else the event is stale: an earlier one has ended the task
                     self.end(descriptor, end)
             else:
-                if interest is not interests[descriptor]:
+                if changed:
                     self.change_interest(descriptor, interest)
 
     def wait(self) -> list[tuple[int, int]]:
@@ -176,29 +178,33 @@ class Loop:
             return -1.0
         return min(max(0.0, self.next_timer - time.monotonic()), MAX_TIMEOUT)
 
-    def due(self) -> Iterable[tuple[int, int | None]]:
-        """Return the woken tasks and those whose timer is due, with 0 for events, or None for a new task."""
+    def due(self) -> Iterator[tuple[int, int | None]]:
+        """Yield the woken tasks and those whose timer is due, with 0 for events, or None for a new task."""
         if self.timers and (now := time.monotonic()) >= self.next_timer:
             due = [descriptor for descriptor, when in self.timers.items() if when <= now]
             for descriptor in due:
                 del self.timers[descriptor]
             self.wake(due)
             self.next_timer = max(min(self.timers.values(), default=NEVER), now + TIMER_SCAN)
-        woken, self.woken = self.woken, {}  # a task that is woken again waits for the next batch
-        for descriptor, task in woken.items():
-            if task:
-                self.tasks[descriptor], self.interests[descriptor] = task, 0
-        return [(descriptor, None if task else 0) for descriptor, task in woken.items()]
+        for descriptor in list(self.woken):  # a task that is woken again waits for the next batch
+            if descriptor in self.woken:  # else an earlier task has ended it
+                task = self.woken.pop(descriptor)
+                if task:
+                    self.tasks[descriptor], self.interests[descriptor] = task, 0
+                yield descriptor, None if task else 0
 
     def change_interest(self, descriptor: int, interest: Any) -> None:
-        """Tell epoll what a task waits for.  An error is raised in the task; a second one ends it."""
-        try:
-            self.watch(descriptor, interest)
-        except Exception as error:
+        """Tell epoll what a task waits for.  An error is raised in the task; too many end it."""
+        for _ in range(ERRORS):
             try:
-                self.watch(descriptor, self.tasks[descriptor].throw(error))
+                return self.watch(descriptor, interest)
+            except Exception as raised:
+                error = raised
+            try:
+                interest = self.tasks[descriptor].throw(error)
             except BaseException as end:
-                self.end(descriptor, end)
+                return self.end(descriptor, end)
+        self.end(descriptor, error)
 
     def watch(self, descriptor: int, interest: Any) -> None:
         """Register an interest with epoll.  Raises OSError, TypeError, or an exception in its place."""
@@ -297,10 +303,10 @@ class Client:
         self.received = self.sent = 0  # bytes
         self.at_eof = False  # the client has closed or half-closed its side
         self.unsent = NOTHING  # data that the kernel has not accepted yet
-        self.write_end = 0  # the last write() is complete when so many bytes are sent
+        self.write_end = self.write_size = 0  # the last write() is complete when so many bytes are sent
         self.error: OSError | None = None  # why nothing more can be sent
         self.closed_by_protocol = False
-        self.calls = 0  # of write()
+        self.calls = self.exits = 0  # of write(); of waits after the task's end
         self.formatter: MessageFormatter | None = None  # from the first message on
 
     async def read(self, timeout: float | None = None) -> bytes:
@@ -316,11 +322,14 @@ class Client:
             await ready(self.interest)
             self.flush()
             data = self.receive()  # also after a failed send: what had arrived can still be read
-            if data or (self.at_eof and not self.error):
+            if data:
                 return data
-            if self.error and not self.messages.full:  # an error of a send is raised after the last data
+            late = time.monotonic() >= deadline and not self.unread() and not self.has_left()
+            if self.at_eof and not self.error:
+                return b""
+            if self.error and (late or not self.messages.full):  # what had arrived has been read
                 await fail(self.error)
-            if time.monotonic() >= deadline and not self.unread():
+            if late:
                 await fail(TimeoutError(f"no data for {timeout:g} s"))
 
     async def write(self, data: bytes, timeout: float | None = None) -> None:
@@ -335,6 +344,7 @@ class Client:
             await ready(self.loop.interests[self.descriptor])
         self.keep(data)
         end = self.write_end = self.sent + len(self.unsent)
+        self.write_size = len(data)
         while self.sent < end and not self.error:
             if time.monotonic() >= deadline:
                 await fail(TimeoutError(f"unsent data after {timeout:g} s"))
@@ -350,7 +360,8 @@ class Client:
         disconnected.  An error is raised in the client's own task.
         """
         self.keep(data)
-        if len(self.unsent) - max(0, self.write_end - self.sent) > QUEUE_LIMIT and not self.error:
+        written = min(self.write_size, max(0, self.write_end - self.sent))  # by its own task
+        if len(self.unsent) - written > QUEUE_LIMIT and not self.error:
             self.error = OSError(f"too slow: more than {QUEUE_LIMIT:,} bytes are queued")
             with suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)  # epoll reports it, whatever the task waits for
@@ -358,10 +369,11 @@ class Client:
             self.loop.wake([self.descriptor])
 
     async def sleep(self, seconds: float) -> None:
-        """Wait and read nothing; other clients are served."""
+        """Wait and read nothing, but send what is queued; other clients are served."""
         deadline = await self.begin_wait(seconds)
         while True:
-            await ready(0)
+            await ready(EPOLLOUT if self.unsent else 0)
+            self.flush()
             if self.error:
                 await fail(self.error)
             if time.monotonic() >= deadline:
@@ -376,8 +388,9 @@ class Client:
         try:
             if self.sock.fileno() < 0:
                 raise OSError("its protocol has closed the socket")
-            if not (task or self.error):
-                self.error = OSError("the server has closed the connection")
+            if not task and self.exits < ERRORS:
+                self.exits += 1
+                self.error = self.error or OSError("the server has closed the connection")
                 raise GeneratorExit  # the server ends the task: its `finally` cannot wait
             if not (task and task.cr_running):
                 raise RuntimeError(f"only its own task can wait for {self.name}: use queue() to send it data")
@@ -445,7 +458,8 @@ class Client:
 
     def flush(self) -> None:
         """Send as much of `unsent` as the kernel accepts now, and keep an OSError in `error`."""
-        if self.unsent and not self.error:
+        # Before its task starts, the socket would block.
+        if self.unsent and not self.error and self.descriptor in self.loop.tasks:
             try:
                 del self.unsent[: self.send(self.unsent)]  # this copies nothing, whatever the size
             except OSError as error:
@@ -573,6 +587,7 @@ class Server:
         while True:
             try:  # an error of epoll_ctl(2) is also raised here
                 if not self.serving and len(self.clients) >= self.wait_for:
+                    self.loop.woken.pop(self.listener.fileno(), None)  # its turn is after the clients
                     self.loop.wake([*self.clients, self.listener.fileno()])
                     await ready(0)  # a client that has disconnected leaves now
                     if len(self.clients) >= self.wait_for:
@@ -625,9 +640,10 @@ class Server:
             if client.at_eof:  # a port probe: it has connected, sent nothing and closed
                 return
             await self.protocol(client)
+            client.closed_by_protocol = True  # from now on, queue() adds nothing
             await client.write(b"")  # returns when everything is sent
-            if not client.at_eof and not client.has_left():
-                client.closed_by_protocol = True
+            client.closed_by_protocol = not (client.at_eof or client.has_left())
+            if client.closed_by_protocol:
                 # Now only half-close: a reset could discard data in transit (RFC 1122, 4.2.2.13).
                 client.sock.shutdown(socket.SHUT_WR)
                 deadline = time.monotonic() + LINGER_TIMEOUT
@@ -678,12 +694,14 @@ class Server:
         del self.clients[client.descriptor]
         self.received += client.received
         self.sent += client.sent // self.unit_size
-        self.loop.end(client.descriptor)  # before the socket is closed
-        client.descriptor = -1  # the number can belong to another client soon
-        with suppress(OSError):
-            if not complete:
-                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        close(client.sock.close)
+        try:
+            self.loop.end(client.descriptor)  # before the socket is closed
+        finally:  # also if the protocol's own `finally` ends the server
+            client.descriptor = -1  # the number can belong to another client soon
+            with suppress(OSError):
+                if not complete:
+                    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            close(client.sock.close)
 
     def finish(self) -> None:
         """Serve the data that has arrived, then end all tasks of clients.
@@ -1074,7 +1092,8 @@ def catch_signals(loop: Loop, stack: ExitStack) -> int:
     def end_loop(number: int, frame: Any) -> None:
         """Handle a stop signal."""
         if os.getpid() == process:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # many would interrupt this handler
+            if loop.running:  # the first of many, which would interrupt this handler
+                signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             loop.running = False
             with suppress(OSError):  # wakes epoll even if a library has replaced the wakeup descriptor
                 write(writer, b"\0")
@@ -1288,8 +1307,8 @@ def arguments(protocol: Protocol | None = None) -> argparse.Namespace:
         if not least <= getattr(options, name) <= most:
             hint = ", the number of --connections" if name == "wait_for" else ""
             parser.error(f"argument --{name.replace('_', '-')}: must be from {least} to {most}{hint}")
-    if options.every is not None and not 0 < options.every < NEVER:
-        parser.error("argument --every: must be a positive, finite number of seconds")
+    if options.every is not None and not 1e-9 <= options.every < NEVER:
+        parser.error("argument --every: must be a finite number of seconds, at least 1e-9")
     options.host = options.host.strip("[]")  # the first line shows an IPv6 address in brackets
     if options.host in ("", "*"):
         parser.error("argument --host: for every address use 0.0.0.0 (IPv4) or :: (also IPv6)")
@@ -1371,7 +1390,7 @@ def stop(server: Server, end: BaseException | None) -> None:
             server.finish()
             break
         except FATAL as error:  # from a protocol
-            end = end or error
+            end = error if isinstance(error, MemoryError) else end or error
     reason = OUT_OF_MEMORY if isinstance(end, MemoryError) else getattr(end, "code", None)
     failure = reason if isinstance(reason, str) else ""
     if log is not messages:

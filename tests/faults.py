@@ -33,7 +33,6 @@ HERE = Path(__file__).resolve().parent
 DEADLINE = 15.0  # seconds to wait for something that should happen immediately
 QUIET = 1.0  # seconds without data after which a client counts as not served
 NEW = 4096  # bytes that a client must receive after a fault
-STARVED = 65536  # bytes of pings for 4 MiB; a client with fewer is starved
 PINGS, NOTHING, END = "pings", f"nothing for {QUIET:.0f} s", "the end"  # what a client receives
 BUSY = 0.2  # of a core: a server that only waits uses less
 
@@ -228,7 +227,7 @@ def starve(start: Start) -> Seen:
     first, _ = start().clients()
     first.setblocking(False)
     least = 1 << 30  # on a busy machine, the client may pause; then even the lecture's script sends pings
-    for _ in range(5):
+    for _ in range(10):
         sent = got = 0
         while sent < 8 << 20:
             readable, writable, _ = select.select([first], [first], [])
@@ -238,9 +237,9 @@ def starve(start: Start) -> Seen:
                 size = len(first.recv(1 << 20))
                 got += size if sent > 4 << 20 else 0  # earlier pings have been read by then
         least = min(least, got)
-        if least < STARVED:
+        if least < NEW:
             break
-    return least < STARVED, f"gives it {least:,} bytes of pings for its 4 MiB"
+    return least < NEW, f"gives it {least:,} bytes of pings for its 4 MiB"
 
 
 def restart(start: Start) -> Seen:

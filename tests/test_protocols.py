@@ -38,6 +38,7 @@ HEAD = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import asyncio, gc, os, signal, socket, threading, time
+from contextlib import suppress
 import non_block_io_server as server
 from non_block_io_server import EPOLLIN, EPOLLOUT, main, ready
 """
@@ -705,6 +706,63 @@ DANGERS = {
         list(client.server.clients.values())[-1].sock.shutdown(socket.SHUT_RDWR)
         await client.write(b"done")
     """,
+    "queues_much": """
+        client.queue(bytes(8_000_000))
+    """,
+    "queues_much_and_waits_for_the_end": """
+        client.queue(bytes(8_000_000))
+        while await client.read():
+            pass
+    """,
+    "queues_a_message_to_first": """
+        await client.read()
+        next(iter(client.server.clients.values())).queue(b"<" + b"m" * 3_000_000 + b">")
+        await client.write(b"done")
+    """,
+    "queues_too_much_to_last": """
+        await client.read()
+        last = list(client.server.clients.values())[-1]
+        for _ in range(5):
+            last.queue(bytes(4_000_000))
+            await client.sleep(0.05)
+        await client.write(b"done")
+    """,
+    "writes_with_a_timeout": """
+        while True:
+            with suppress(TimeoutError):
+                await client.write(b"tick", timeout=0.01)
+    """,
+    "sleeps_long": """
+        await client.sleep(60)
+    """,
+    "is_reset_after_a_timeout": """
+        try:
+            await client.read(timeout=0.01)
+        except TimeoutError:
+            print("no data", file=sys.stderr, flush=True)
+            server.is_ready(client.descriptor, 0, 60)  # waits for the reset
+        try:
+            await client.write(b"are you there?")
+        except OSError as error:
+            print(f"got {type(error).__name__} from write()", file=sys.stderr, flush=True)
+            raise
+    """,
+    "ends_at_its_deadline": """
+        receive = client.receive
+        def late_receive():
+            data = receive()
+            if not data:
+                print("it is late", file=sys.stderr, flush=True)
+                server.is_ready(client.descriptor, EPOLLIN, 60)  # waits for the end of file
+            return data
+        client.receive = late_receive
+        while await client.read(timeout=0.01):
+            pass
+    """,
+    "forgets_itself": """
+        client.server.forget(client, complete=True)
+        await ready(EPOLLIN)
+    """,
     "has_no_descriptor_left": """
         import resource
         copies = []
@@ -757,6 +815,71 @@ def test_data_that_arrived_before_a_reset_is_read_although_a_send_fails_first(da
     reset(peer.sock)
     dangers.err.wait_for("^got last words, then (ConnectionReset|BrokenPipe)Error$")
     assert peer.end() == "was reset"
+
+
+def test_data_that_arrived_before_a_reset_is_printed_after_two_errors_without_a_wait(dangers: Server) -> None:
+    peer = Peer(dangers, "is_reset_after_a_timeout")
+    dangers.err.wait_for("^no data$")
+    arrive(dangers, peer.sock, b"last words")
+    reset(peer.sock)
+    dangers.err.wait_for(r"^got (ConnectionReset|BrokenPipe)Error from write\(\)$")
+    assert peer.end() == "was reset"
+    dangers.messages("^last words$")
+
+
+def test_an_end_of_file_at_the_deadline_is_no_timeout(dangers: Server) -> None:
+    peer = Peer(dangers, "ends_at_its_deadline")
+    dangers.err.wait_for("^it is late$")
+    half_close(peer.sock)
+    assert peer.end() == "left"
+
+
+def test_data_for_a_client_whose_task_has_not_started_does_not_block(dangers: Server) -> None:
+    sender = Peer(dangers, "queue_much_to_last")
+    dangers.process.send_signal(signal.SIGSTOP)
+    dangers.connect(small=True)  # its event is in the same batch, before the sender's
+    arrive(dangers, sender.sock, b"go")
+    dangers.process.send_signal(signal.SIGCONT)
+    assert read_exactly(sender.sock, 4) == b"done"
+    assert_serves(dangers)
+
+
+@pytest.mark.parametrize(
+    "protocol, end",
+    [("queues_much", "was closed by its protocol"), ("queues_much_and_waits_for_the_end", "left")],
+)
+def test_a_message_queued_after_the_protocol_s_end_is_not_cut(
+    dangers: Server, protocol: str, end: str
+) -> None:
+    peer = Peer(dangers, protocol, small=True)
+    if end == "left":
+        half_close(peer.sock)
+    sender = Peer(dangers, "queues_a_message_to_first")
+    sender.sock.sendall(b"go")
+    assert read_exactly(sender.sock, 4) == b"done"
+    assert read_all(peer.sock).lstrip(b"\0") == b""
+    peer.sock.close()
+    assert peer.end() == end
+
+
+def test_queued_data_is_sent_while_the_protocol_sleeps(dangers: Server) -> None:
+    sender, peer = Peer(dangers, "queue_much_to_last"), Peer(dangers, "sleeps_long", small=True)
+    sender.sock.sendall(b"go")
+    assert len(read_exactly(peer.sock, 8_000_000)) == 8_000_000
+
+
+def test_the_limit_of_a_queue_holds_beside_writes_with_a_timeout(dangers: Server) -> None:
+    sender, peer = (
+        Peer(dangers, "queues_too_much_to_last"),
+        Peer(dangers, "writes_with_a_timeout", small=True),
+    )
+    sender.sock.sendall(b"go")
+    assert peer.end() == "was lost (too slow: more than 16,777,216 bytes are queued)"
+
+
+def test_a_client_that_its_own_protocol_has_forgotten_harms_no_other(dangers: Server) -> None:
+    Peer(dangers, "forgets_itself")
+    assert_serves(dangers)
 
 
 @pytest.mark.parametrize("error", ["KeyError", "OSError", "asyncio.CancelledError", "BaseException"])
@@ -1077,6 +1200,85 @@ def test_timers_of_many_turns_are_scanned_once_a_millisecond(monkeypatch: pytest
         woken += len(list(loop.due()))
     assert timers.scans <= 2 * 12
     loop.close()
+
+
+# ---------------------------------------------------------------- the end of the server
+
+
+def test_a_protocol_that_ends_the_server_takes_no_new_client_with_it(start: Start, tmp_path: Path) -> None:
+    code = """
+async def first_exits(client):
+    if client.name == "client 2":
+        sys.exit(0)
+    await client.read()
+
+main(protocol=first_exits)
+"""
+    server = start(
+        "--wait-for", "1", "--connections", "5", program=write_program(tmp_path / "exits.py", code)
+    )
+    server.seat()
+    server.process.send_signal(signal.SIGSTOP)
+    server.connect()
+    arrive(server, server.connect(), b"request")  # both get a seat in one batch
+    server.process.send_signal(signal.SIGCONT)
+    assert server.ended(0).endswith("\nstopped: 3 clients served, 7 bytes received, 0 bytes sent\n")
+    server.messages("^request$")
+
+
+def test_a_stream_that_an_exit_of_the_server_cuts_ends_with_a_reset(start: Start, tmp_path: Path) -> None:
+    code = """
+async def exits_at_its_end(client):
+    try:
+        await client.write(bytes(20_000_000))
+    finally:
+        sys.exit(3)
+
+main(protocol=exits_at_its_end)
+"""
+    server = start("--wait-for", "1", program=write_program(tmp_path / "exits.py", code))
+    client = server.seat(small=True)
+    read_exactly(client, 1000)
+    server.stop(status=3)
+    assert ending(client)[1], "a reset"
+
+
+def test_two_waits_in_a_finally_at_a_stop_are_no_mistake(start: Start, tmp_path: Path) -> None:
+    code = """
+async def says_goodbye(client):
+    try:
+        try:
+            await client.read()
+        finally:
+            await client.write(b"one")
+    finally:
+        await client.write(b"two")
+
+main(protocol=says_goodbye)
+"""
+    server = start("--wait-for", "1", program=write_program(tmp_path / "goodbye.py", code))
+    server.seat()
+    server.err.wait_for("^serving")
+    server.stop()
+
+
+def test_after_a_second_signal_during_the_stop_the_caller_s_mask_is_as_before(
+    start: Start, tmp_path: Path
+) -> None:
+    code = """
+async def signals_again(client):
+    try:
+        await client.read()
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+main(protocol=signals_again)
+print("blocked:", [*signal.pthread_sigmask(signal.SIG_BLOCK, [])], file=sys.stderr)
+"""
+    server = start("--wait-for", "1", program=write_program(tmp_path / "again.py", code))
+    server.seat()
+    server.err.wait_for("^serving")
+    assert server.stop().endswith("\nblocked: []\n")
 
 
 # ---------------------------------------------------------------- the process stays its owner's

@@ -21,6 +21,7 @@ from conftest import (
     DEADLINE,
     IS_PYPY,
     MODES,
+    ROOT,
     SERVER,
     Start,
     arrive,
@@ -530,6 +531,21 @@ def test_no_limit_on_memory_causes_a_traceback(kind: str) -> None:
     least = next(size for size in range(4, 100) if limited(size, SERVER, "--help").returncode == 0)
     for text in at_once(serve, range(least + 1, least + 8)):
         assert re.fullmatch(f"{NO_MEMORY}\n|cannot listen on .*\n", text), text
+
+
+def test_memory_that_runs_out_after_an_exit_ends_the_server(start: Start, tmp_path: Path) -> None:
+    program = tmp_path / "exits.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import non_block_io_server as server\n"
+        "def finish(self): raise MemoryError\n"
+        "server.Server.finish = finish\n"
+        "async def exits(client): sys.exit()\n"
+        "server.main(protocol=exits)\n"
+    )
+    server = start("--wait-for", "1", program=str(program))
+    server.connect()
+    assert server.ended(1).endswith(f"\n{NO_MEMORY}\n")
 
 
 @is_cpython

@@ -226,6 +226,20 @@ def test_a_probe_before_serving_does_not_count(start: Start, wait_for: int, leav
     assert re.search(rf"\nstopped: {wait_for} clients? served, 0 bytes received, ", server.stop())
 
 
+def test_a_probe_beside_a_client_that_leaves_does_not_start_serving(start: Start) -> None:
+    server = start("--echo", "--wait-for", "2", "--connections", "5")
+    first = server.seat()
+    server.process.send_signal(signal.SIGSTOP)
+    first.close()  # this event wakes the listener first
+    probe = server.connect()
+    server.connect()
+    probe.close()
+    server.process.send_signal(signal.SIGCONT)
+    server.err.wait_for("^client 2 left: 0 bytes received, 0 bytes sent, not counted as a client, ")
+    server.connect()
+    server.err.wait_for("^serving 2 clients")
+
+
 def test_a_probe_while_serving_counts(start: Start) -> None:
     server = start("--wait-for", "1", "--every", "3600")
     server.seat()
