@@ -709,8 +709,9 @@ class Server:
         This is the same loop, but it resumes only clients that have sent data or have unsent data.  It goes
         on until there are none, or for FINISH_TIMEOUT, or as long as data that has arrived becomes less.
         """
-        self.serving = True
         arrived = {client: client.received + client.unread() for client in self.clients.values()}
+        if not self.serving:  # a client that has sent something is served now
+            self.serving, self.served = True, sum(size > 0 for size in arrived.values())
         self.loop.wake(self.clients)  # a client that waited is served
         deadline, left = time.monotonic() + FINISH_TIMEOUT, NEVER
         while True:

@@ -44,6 +44,15 @@ def test_a_signal_stops_the_server_with_a_summary(start: Start, number: int, cli
     assert re.match(rf"stopped: {clients if clients == 2 else 0} clients served, 0 bytes received, ", last)
 
 
+def test_a_client_that_waits_for_others_is_served_and_counted_at_a_stop(start: Start) -> None:
+    server = start("--echo", "--wait-for", "3", "--connections", "3")
+    _, client = server.seat(), server.seat()
+    client.sendall(b"hello")
+    server.settled()
+    assert server.stop().endswith("\nstopped: 1 client served, 5 bytes received, 5 bytes sent\n")
+    assert read_exactly(client, 5) == b"hello"
+
+
 @pytest.mark.skipif(IS_PYPY, reason="its signal.getsignal() does not report an inherited SIG_IGN")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(start: Start, number: int) -> None:
