@@ -207,7 +207,7 @@ def test_the_readme_gets_the_figures_of_a_run(tmp_path: Path) -> None:
     words = " ".join(text.split())
     for sentence in (
         "on Linux 6.18. The server",
-        "medians of 2 rounds (2 for the start, 2 for memory)",
+        "medians of 2 rounds (2 for echoes, 2 for memory)",
         "needs 225 % of the time. With 10,000 clients, an echo costs 1.00 times as much"
         " as with 100, and beside 4,000 idle clients with a timeout each it costs 1.12 times as much as",
         "The echo of three lines costs 50 % more",

@@ -92,7 +92,7 @@ PEERS = os.path.join(HERE, "peers.py")
 CLIENT_COMMAND = [PYTHON, os.path.join(ROOT, CLIENT), "--port"]
 IPERF3 = {"iperf3": [], "iperf3 -Z": ["-Z"]}
 SIZES = [1, 10, USUAL, 2000, 10000]  # clients
-ROUNDS = {"start": 25, "client": 15, "pings": 25, "memory": 5, "echo": 9}
+ROUNDS = {"start": 25, "client": 25, "pings": 25, "memory": 5, "echo": 9}
 SPARE_FILES = 64  # descriptors of a process besides its connections
 
 

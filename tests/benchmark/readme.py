@@ -39,7 +39,7 @@ The processor time and the memory of the server's process, from [the benchmark](
 prints messages.""",
     "speed": """\
 One run of `python3 tests/benchmark --peers` on {machine}. The server has one core, the load (in C) the
-other. Every byte is checked. Figures are medians of {rounds} rounds ({start_rounds} for the start,
+other. Every byte is checked. Figures are medians of {rounds} rounds ({echo_rounds} for echoes,
 {memory_rounds} for memory), with the lowest and the highest round in parentheses. A column with `÷ theirs`
 divides this server's figure by the row's, in the same round. [figures.json](tests/benchmark/figures.json)
 holds all rounds.
@@ -95,8 +95,8 @@ def prose(run: Run) -> dict[str, str]:
     usual, alone, most = f"echo {USUAL}", "echo 1", f"echo {MOST}"
     return {
         "machine": ", ".join(filter(None, run.machine.values())),
-        "rounds": str(len(run.rounds("rate", (usual, OURS)))),
-        "start_rounds": str(len(run.rounds("time", ("start", OURS)))),
+        "rounds": str(len(run.rounds("rate", ("pings", OURS)))),
+        "echo_rounds": str(len(run.rounds("rate", (usual, OURS)))),
         "memory_rounds": str(len(run.rounds("bytes", ("unread", OURS)))),
         "unread": spread("bytes", ("unread", OURS)).show(",.0f", 1e-3),
         "start": spread("time", ("start", OURS)).show(".0f", 1e3),
