@@ -121,6 +121,7 @@ class Conversation:
         self.exchange()
         connection, output = self.connection, self.dialogue.output
         self.dialogue.show(connection.parser.held, final=True)  # the end has cut this ping
+        self.exchange()  # until it is written
         if self.input.failure:
             connection.fail(f"standard input cannot be read: {self.input.failure}")
         if output.failure and not self.signalled:  # Ctrl-C may also end our reader
@@ -132,6 +133,7 @@ class Conversation:
         self.dialogue.finish(f"{summary}\n", self.signalled)
         self.exchange()  # the same loop, now only until the summary is written
         handle_stop_signals(signal.SIG_IGN)  # the exit status is known
+        signal.set_wakeup_fd(-1)  # before it is closed: SIGCONT may still come
         return 1 if connection.failure else 0
 
     def exchange(self) -> None:
@@ -331,12 +333,12 @@ class Dialogue:
         """Write received data; `final` means that no more data follows."""
         if self.terminal_text:
             data = self.terminal_text.feed(data, final).encode()
-        if data and self.terminal:
-            if self.row == PROMPT:
-                data = b"\n" + data
+        if data and self.row == PROMPT and self.terminal:
+            data = b"\n" + data
+        self.output.write(data)
+        if data and self.terminal:  # after the write, because resume() may change the row at any time
             self.row, self.asked = "" if data.endswith(b"\n") else DATA, False
             self.idle_since = time.monotonic()  # more data may follow before the prompt
-        self.output.write(data)
 
     def is_silent(self) -> bool:
         """Return whether the server has not answered any input, and no notice has reported that."""
@@ -358,14 +360,16 @@ class Dialogue:
         if self.asked and (pings or not received):  # else the data is the answer, as in an echo
             text = f"{count(pings, 'ping')} so far\n"
         if self.is_silent():
-            text, self.silence_reported = text + SILENCE_NOTICE, True
+            newline = "\n" if self.row == PROMPT else ""
+            text, self.silence_reported = f"{text}{newline}{SILENCE_NOTICE}", True
         prompt = PROMPT if self.interactive and not self.connection.input_ended else ""
         self.row, self.asked = prompt, False
         self.screen.write((text + prompt).encode())  # last, because resume() may change the row at any time
 
     def resume(self, number: int, frame: Any) -> None:
         """Handle SIGCONT after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
-        self.row = ""
+        if not self.screen.unwritten:  # else that begins this row
+            self.row = ""
 
     def finish(self, summary: str, signalled: bool) -> None:
         """Write the summary to standard error, on a terminal in its own row."""
@@ -384,23 +388,29 @@ class Input:
 
     def __init__(self) -> None:
         self.descriptor = open_again(0, os.O_RDONLY) if os.isatty(0) and not WINDOWS else 0
-        self.may_wait, self.failure = False, ""
+        self.may_wait, self.stopped, self.failure = False, False, ""
+        self.chunks: list[bytes] = []
 
     def read(self) -> bytes | None:
         """Return a chunk, b"" at the end of file or after an error, or None if nothing is left to read."""
         try:
             self.may_wait = os.get_blocking(self.descriptor)
-            return os.read(self.descriptor, SIZE)
+            if not self.stopped:  # else a signal has arrived just before the read, which may wait
+                # extend() is C code: no handler runs between the read and the store of its chunk.
+                self.chunks.extend(map(os.read, [self.descriptor], [SIZE]))
         except (BlockingIOError, InterruptedError):
-            return None
+            pass
         except OSError as error:
+            self.may_wait = False  # from here on, interrupt() must not raise
             self.failure = reason(error)
             return b""
         finally:
             self.may_wait = False
+        return self.chunks.pop() if self.chunks else None
 
     def interrupt(self) -> None:
         """End a read that waits, from a signal's handler.  Only an exception ends it (PEP 475)."""
+        self.stopped = True
         if self.may_wait:
             self.may_wait = False
             raise InterruptedError

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from contextlib import ExitStack, suppress
 from itertools import product
 from pathlib import Path
@@ -75,7 +76,7 @@ class Client(Server):
         **streams: Any,
     ) -> None:
         streams = {"stdin": NULL, "stdout": PIPE, "stderr": PIPE, **streams}
-        script = ["-c", f"import os, sys, client; {before}; sys.exit(client.main())"] if before else [CLIENT]
+        script = ["-c", f"import os, sys, client\n{before}\nsys.exit(client.main())"] if before else [CLIENT]
         shell = ["sh", "-c", f'exec "$@" {redirect}', "sh"] if redirect else list(wrapper)
         self.keyboard, end = os.openpty()
         attributes = termios.tcgetattr(end)
@@ -1281,3 +1282,132 @@ def test_opens_no_terminal_again_on_windows(launch: Launch) -> None:
 
 def test_reads_no_standard_input_on_windows(launch: Launch) -> None:
     assert "MESSAGE" in launch(port=1, before=WINDOWS).line()
+
+
+# ---------------------------------------------------------------- events between two calls
+
+
+def test_a_signal_loses_no_byte_that_has_been_read(launch: Launch) -> None:
+    """What the client has read from a pipe when a signal arrives, it sends; the rest is still in the pipe."""
+    wait = random.Random(1)
+
+    def attempt(delay: float) -> str:
+        reader, writer = os.pipe()
+        client = launch(stdin=reader)
+        client.server.settimeout(DEADLINE)
+        client.settled()
+        os.write(writer, b"hello\n")
+        end = time.perf_counter() + delay
+        while time.perf_counter() < end:
+            pass
+        client.process.send_signal(signal.SIGTERM)
+        received = read_all(client.server)
+        client.server.close()
+        client.ended(0)
+        os.set_blocking(reader, False)
+        with suppress(BlockingIOError):
+            received += os.read(reader, 100)
+        os.close(reader)
+        os.close(writer)
+        return received.decode()
+
+    assert [attempt(wait.uniform(0, 0.00025)) for _ in range(30)] == ["hello\n"] * 30
+
+
+def test_a_signal_just_before_a_read_that_would_wait_ends_it(launch: Launch) -> None:
+    before = (
+        "real, stolen = os.get_blocking, []\n"
+        "def get_blocking(descriptor):\n"
+        "    if descriptor == 0 and not stolen:\n"
+        "        stolen.append(os.read(0, 99)); os.kill(os.getpid(), 15)\n"
+        "    return real(descriptor)\n"
+        "os.get_blocking = get_blocking\n"
+    )
+    client = launch(stdin=PIPE, before=before)
+    client.type(b"stolen\n")
+    client.answer(b"")
+    assert client.line(0) == "sent 0 bytes; received 0 pings"
+
+
+def test_a_signal_after_a_failed_read_keeps_its_reason(launch: Launch) -> None:
+    before = (
+        "real, read, once = client.reason, os.read, []\n"
+        "def reason(error):\n"
+        "    if not once: once.append(1); os.kill(os.getpid(), 15)\n"
+        "    return real(error)\n"
+        "def failing_read(descriptor, size):\n"
+        "    if descriptor == 0: raise OSError(5, 'Input/output error')\n"
+        "    return read(descriptor, size)\n"
+        "client.reason, os.read = reason, failing_read\n"
+    )
+    client = launch(stdin=PIPE, before=before)
+    client.type(b"x")
+    client.answer(b"")
+    expected = "standard input cannot be read: Input/output error; sent 0 bytes; received 0 pings"
+    assert client.line(1) == expected
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_rest_of_a_cut_ping_is_written_before_the_summary(launch: Launch, broken: bool) -> None:
+    reader, writer = os.pipe()
+    client = launch(stdout=writer)
+    os.close(writer)
+    data = b"x" * 65535 + b"\npi"  # all but the cut ping fills the pipe
+    client.answer(data)
+    client.settled()
+    with os.fdopen(reader, "rb") as pipe:
+        assert broken or pipe.read() == data
+    if broken:
+        assert client.line(1).startswith(
+            "standard output can no longer be written: Broken pipe; sent 0 bytes"
+        )
+    else:
+        assert client.line(0) == "sent 0 bytes; received 0 pings, 65,538 other bytes"
+
+
+@pytest.mark.parametrize("typed", [b"\4", b"abc\4"])
+def test_the_notice_of_silence_has_a_row_of_its_own(launch: Launch, typed: bytes) -> None:
+    client = launch(stdin=TTY, stdout=TTY, stderr=TTY)
+    client.screen.wait_for("^> $")
+    client.type(typed)
+    client.screen.wait_for(f"^> {'abc' if len(typed) > 1 else ''}\n{NOTICE}")
+
+
+@pytest.mark.parametrize("when", ["while it stalls", "in show()"])
+def test_a_prompt_after_sigcont_is_not_behind_data(launch: Launch, when: str) -> None:
+    before = (
+        "write, once = client.Output.write, []\n"
+        "def stopped_write(self, data=b''):\n"
+        "    if bytes(data) == b'\\nabc' and not once: once.append(1); os.kill(os.getpid(), 18)\n"
+        "    return write(self, data)\n"
+        "client.Output.write = stopped_write\n"
+    )
+    client = launch(stdin=TTY, stdout=TTY, stderr=TTY, before=before if when == "in show()" else "")
+    client.screen.wait_for("^> $")
+    if when == "in show()":
+        client.server.sendall(b"abc")
+    else:
+        client.screen.going.clear()
+        client.server.sendall(b"x" * 20_000 + b"abc")  # more than the terminal holds
+        client.settled(0.3)
+        client.process.send_signal(signal.SIGCONT)
+        client.settled()
+        client.screen.going.set()
+    client.screen.wait_for("abc$")
+    client.settled(0.3)
+    client.server.sendall(b"\nend\n")
+    client.screen.wait_for("^end\n> $")
+    assert not re.search("[xc]>", client.screen.text)
+
+
+def test_sigcont_during_the_exit_is_no_traceback(launch: Launch) -> None:
+    before = (
+        "real = client.main\n"
+        "def main():\n"
+        "    status = real(); os.kill(os.getpid(), 18); return status\n"
+        "client.main = main\n"
+    )
+    client = launch(stdin=TTY, stdout=TTY, stderr=TTY, before=before)
+    client.screen.wait_for("^> $")
+    client.server.close()
+    assert "Exception" not in client.ended(1)
