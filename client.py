@@ -368,7 +368,7 @@ class Dialogue:
 
     def resume(self, number: int, frame: Any) -> None:
         """Handle SIGCONT after Ctrl-Z and `fg`: the shell has begun a new row, so prompt again."""
-        if not self.screen.unwritten:  # else that begins this row
+        if self.row == PROMPT or not self.screen.unwritten:  # else unwritten data begins this row
             self.row = ""
 
     def finish(self, summary: str, signalled: bool) -> None:

@@ -1388,7 +1388,7 @@ def test_a_prompt_after_sigcont_is_not_behind_data(launch: Launch, when: str) ->
         client.server.sendall(b"abc")
     else:
         client.screen.going.clear()
-        client.server.sendall(b"x" * 20_000 + b"abc")  # more than the terminal holds
+        client.server.sendall(b"x" * 200_000 + b"abc")  # more than the terminal holds
         client.settled(0.3)
         client.process.send_signal(signal.SIGCONT)
         client.settled()
