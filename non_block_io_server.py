@@ -305,6 +305,7 @@ class Client:
         self.unsent = NOTHING  # data that the kernel has not accepted yet
         self.write_end = self.write_size = 0  # the last write() is complete when so many bytes are sent
         self.error: OSError | None = None  # why nothing more can be sent
+        self.finished = False  # its protocol has returned: queue() adds nothing
         self.closed_by_protocol = False
         self.calls = self.exits = 0  # of write(); of waits after the task's end
         self.formatter: MessageFormatter | None = None  # from the first message on
@@ -327,7 +328,7 @@ class Client:
             late = time.monotonic() >= deadline and not self.unread() and not self.has_left()
             if self.at_eof and not self.error:
                 return b""
-            if self.error and (late or not self.messages.full):  # what had arrived has been read
+            if self.error and (late or not self.messages.full):
                 await fail(self.error)
             if late:
                 await fail(TimeoutError(f"no data for {timeout:g} s"))
@@ -451,15 +452,14 @@ class Client:
 
     def keep(self, data: bytes) -> None:
         """Put data behind `unsent`, then send what the kernel accepts now."""
-        if not (self.error or self.closed_by_protocol):
+        if not (self.error or self.finished):
             self.unsent = self.unsent or bytearray()  # not NOTHING
             self.unsent += data
             self.flush()
 
     def flush(self) -> None:
         """Send as much of `unsent` as the kernel accepts now, and keep an OSError in `error`."""
-        # Before its task starts, the socket would block.
-        if self.unsent and not self.error and self.descriptor in self.loop.tasks:
+        if self.unsent and not self.error:
             try:
                 del self.unsent[: self.send(self.unsent)]  # this copies nothing, whatever the size
             except OSError as error:
@@ -619,6 +619,10 @@ class Server:
         self.accepted += 1
         self.served += self.serving
         client = self.new_client(self, sock, f"client {self.accepted}", address)
+        try:
+            sock.setblocking(False)  # before another task can send something
+        except OSError as error:
+            client.error = error
         self.clients[descriptor] = client
         self.loop.start(client.name, descriptor, self.serve(client))
         self.log.write_line(f"{client.name} connected from {address}, {self.seats_taken()}")
@@ -632,7 +636,8 @@ class Server:
     async def serve(self, client: Client) -> None:
         """A client's task: wait until serving starts, run the protocol, end the stream."""
         try:
-            client.sock.setblocking(False)
+            if client.error:
+                raise client.error
             interest = EPOLLIN
             while not self.serving and not client.has_left():
                 await ready(interest)
@@ -640,10 +645,10 @@ class Server:
             if client.at_eof:  # a port probe: it has connected, sent nothing and closed
                 return
             await self.protocol(client)
-            client.closed_by_protocol = True  # from now on, queue() adds nothing
+            client.finished = True
             await client.write(b"")  # returns when everything is sent
-            client.closed_by_protocol = not (client.at_eof or client.has_left())
-            if client.closed_by_protocol:
+            if not client.at_eof and not client.has_left():
+                client.closed_by_protocol = True
                 # Now only half-close: a reset could discard data in transit (RFC 1122, 4.2.2.13).
                 client.sock.shutdown(socket.SHUT_WR)
                 deadline = time.monotonic() + LINGER_TIMEOUT
