@@ -476,10 +476,11 @@ class TerminalText:
         """Return the text of the next bytes; escape what could harm or mislead: `\\x1b`, `\\u202e`."""
         text = self.decoder.decode(data, final).replace("\r\n", "\n").replace("\r", "\\x0d")
         text = self.last + text
+        selected = text.endswith("\ufe0f")
         if not text.isascii():  # else it finds nothing
             text = INVISIBLE.sub(lambda found: ascii(found[0])[1:-1], text)
         text = UNUSUAL.sub(lambda found: repr(found[0])[1:-1], text)  # escapes what is not printable
-        self.last = text[-1].replace("\ufe0f", " ")  # only one U+FE0F may follow a character
+        self.last = " " if selected else text[-1]  # only one U+FE0F may follow a character
         return text[1:]
 
 

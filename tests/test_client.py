@@ -305,6 +305,7 @@ ESCAPED = {
     "\u180b|\u180f|\ufe00|\ufe0e|": r"\u180b|\u180f|\ufe00|\ufe0e|",
     "\U000e0100|\U000e01ef|": r"\U000e0100|\U000e01ef|",
     "a\ufe0f\ufe0f|\u2764\ufe0f\ufe0f| \ufe0f": "a\ufe0f\\ufe0f|\u2764\ufe0f\\ufe0f| \\ufe0f",
+    "b \ufe0f\ufe0f\ufe0f": "b \\ufe0f\\ufe0f\\ufe0f",
     "\ufe0f|\u200d\ufe0f|\u3000\ufe0f": "\\ufe0f|\u200d\\ufe0f|\u3000\\ufe0f",
     "\u2764\ufe0f\u200d\U0001f525|a\u200d\u202e": "\u2764\ufe0f\u200d\U0001f525|a\u200d\\u202e",
     "one\r\ntwo\r|\r\r\n\n\r": "one\ntwo\\x0d|\\x0d\n\n\\x0d",
